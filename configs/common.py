@@ -1,0 +1,126 @@
+"""What the configs share: every field there is, with unit and reason, and the part after the colon.
+
+Imports ml_collections alone, so that a config can be read without JAX.
+"""
+
+import difflib
+
+from ml_collections import ConfigDict, config_dict
+
+
+def parse(argument: str | None, tasks: tuple[str, ...], **options: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+  """Parses what follows the colon of `--config file.py:task,option=value`.
+
+  Args:
+    argument: such as "cifar10,variant=s"; None or "" takes the first task.
+    tasks: allowed tasks, default first.
+    **options: allowed values of every option, default first.
+
+  Returns:
+    The task, and every option's value ("" where it was not given).
+
+  Raises:
+    ValueError: a task, option or value that there is not; near misses are named.
+  """
+  task, values = tasks[0], dict.fromkeys(options, "")
+  for index, part in enumerate(filter(None, (argument or "").split(","))):
+    name, equals, value = part.partition("=")
+    if equals:
+      _check("option", name, options)
+      _check(f"{name} =", value, options[name])
+      values[name] = value
+    elif index == 0:
+      _check("task", name, tasks)
+      task = name
+    else:
+      raise ValueError(f"{part!r} after the colon: options are written name=value; known options: {', '.join(options)}")
+  return task, values
+
+
+def _check(what, name, known):
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"{what} {name!r} does not exist here; {meant}known: {', '.join(known)}")
+
+
+def base(model: str, task: str) -> ConfigDict:
+  """All fields with their defaults; a config overrides what its recipe says."""
+  c = ConfigDict()
+  c.seed = 0  # of initialisation, order of the data, augmentation and dropout
+
+  c.model = ConfigDict()  # arguments of lra_jax.models.create
+  c.model.name = model
+  c.model.init = "paper"  # or "xavier", "he": what the weight matrices are drawn from
+  c.model.dtype = "float32"  # of the products; "bfloat16" on a GPU. Parameters and carries are float32
+  c.model.remat = False  # recompute every block in the backward pass: less memory, a third more time
+
+  c.task = ConfigDict()
+  c.task.name = task
+  c.task.data_dir = ""  # TFDS folder; "" for $TFDS_DATA_DIR or ~/tensorflow_datasets. Not part of a run's identity
+  c.task.validation_fraction = 0.1  # share of the training examples, by class
+  c.task.split_seed = 0  # which examples these are; apart from `seed`, so that seeds can be compared
+
+  c.train = ConfigDict()
+  c.train.batch_size = 64  # examples per optimizer step, over all devices
+  c.train.epochs = 1.0
+  c.train.steps = 0  # optimizer steps; 0 for what `epochs` says
+  c.train.accumulate = 1  # parts of a batch whose gradients are added up one after the other, to save memory
+  c.train.steps_per_call = 0  # steps in one call to the device; 0 for 1 on CPU and up to 100 elsewhere
+  c.train.label_smoothing = 0.0
+  c.train.mixup = 0.0  # α of Beta(α, α); 0 for off
+  c.train.cutmix = 0.0  # likewise
+  c.train.mix_probability = 1.0  # that an example is mixed at all
+
+  c.augment = ConfigDict()
+  c.augment.crop_pad = 0  # pixels; pad, then crop to the original size
+  c.augment.crop_scale = ()  # (smallest, largest) share of the area of random resized crop; () for off
+  c.augment.crop_ratio = (3 / 4, 4 / 3)  # its width / height
+  c.augment.flip = False  # left-right
+  c.augment.erase_probability = 0.0  # of random erasing
+  c.augment.erase_mode = "pixel"  # or "constant"
+
+  c.optim = ConfigDict()
+  c.optim.name = "adamw"  # or "adam", "sgd", "lion"
+  c.optim.learning_rate = 1e-3  # its peak
+  c.optim.weight_decay = 0.05  # of weight matrices; not of biases, norms, embeddings
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.999
+  c.optim.eps = 1e-8
+  c.optim.momentum = 0.9  # of sgd
+  c.optim.nesterov = True  # of sgd
+  c.optim.clip_norm = 1.0  # global norm of the gradient; 0 for off
+  c.optim.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0 for off
+
+  c.optim.schedule = ConfigDict()
+  c.optim.schedule.name = "cosine"  # or "one_cycle", "piecewise", "plateau", "constant"
+  c.optim.schedule.warmup_epochs = 0.0  # linear, from warmup_rate to the peak
+  c.optim.schedule.warmup_rate = 1e-6
+  c.optim.schedule.cooldown_epochs = 0.0  # at final_rate, at the end of cosine
+  c.optim.schedule.final_rate = 1e-6  # of cosine
+  c.optim.schedule.cycles = 1  # of cosine
+  c.optim.schedule.cycle_decay = 0.5  # of the peak from cycle to cycle
+  c.optim.schedule.peak_at = 0.3  # one_cycle: share of the training before the peak
+  c.optim.schedule.start_divisor = 25.0  # one_cycle: peak / first rate
+  c.optim.schedule.end_divisor = 1e4  # one_cycle: peak / last rate
+  c.optim.schedule.boundaries_epochs = ()  # piecewise: where the rate is multiplied by `factor`
+  c.optim.schedule.factor = 0.1  # piecewise and plateau
+  c.optim.schedule.patience = 5  # plateau: evaluations without a lower validation loss before the rate falls
+
+  c.eval = ConfigDict()
+  c.eval.every_epochs = 1.0
+  c.eval.batch_size = 256
+  c.eval.early_stop_patience = 0  # evaluations without a better validation accuracy before training ends; 0 for never
+
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every_seconds = 60.0  # between checkpoints; the best one is always written
+  c.checkpoint.keep = 2  # newest ones; the best is kept besides
+
+  c.parallel = ConfigDict()
+  c.parallel.data = -1  # devices the batch is split over; -1 for all
+  return c
+
+
+def optional(kind: type):
+  """A field that is None until it is overridden: the model's own preset holds."""
+  return config_dict.placeholder(kind)

@@ -1,0 +1,65 @@
+"""A data set in device memory, and the order in which its examples are taken."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lra_jax.data.sources import Split
+
+
+class Resident(NamedTuple):
+  """One split on the device, a copy on each: inputs (N, H, W, C) uint8, labels (N,) int32."""
+
+  inputs: jax.Array
+  labels: jax.Array
+
+
+def put(split: Split, sharding: jax.sharding.Sharding) -> Resident:
+  """Copies a split to the devices of `sharding`."""
+  return Resident(*jax.device_put(tuple(split), sharding))
+
+
+def train_indices(examples: int, batch_size: int, first_step: int, steps: int, seed: int) -> np.ndarray:
+  """Examples of training steps `first_step` … `first_step + steps − 1`.
+
+  Training reads one endless stream: epoch after epoch, each a permutation of all examples drawn from (seed, epoch). A
+  batch may hold the end of one epoch and the start of the next, so every example is seen exactly once an epoch.
+
+  Args:
+    examples: N, size of the training split.
+    batch_size: B.
+    first_step: counted from 0 at the start of training.
+    steps: number of batches.
+    seed: of the run.
+
+  Returns:
+    (steps, B) int32 indices into the split.
+  """
+  start, stop = first_step * batch_size, (first_step + steps) * batch_size
+  position, parts = start, []
+  while position < stop:
+    epoch, offset = divmod(position, examples)
+    part = _permutation(examples, epoch, seed)[offset : offset + stop - position]
+    parts.append(part)
+    position += len(part)
+  return np.concatenate(parts).reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(examples, epoch, seed):
+  # RandomState's stream is frozen by NumPy's policy (NEP 19), so the order does not depend on the NumPy version.
+  return np.random.RandomState([seed, epoch]).permutation(examples).astype(np.int32)
+
+
+def eval_batches(examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """All examples in order, the last batch filled up with example 0.
+
+  Returns:
+    indices (batches, B) int32 and mask (batches, B) float32, which is 0 where an entry is filling.
+  """
+  batches = -(-examples // batch_size)
+  positions = np.arange(batches * batch_size, dtype=np.int32).reshape(batches, batch_size)
+  mask = positions < examples
+  return np.where(mask, positions, 0), mask.astype(np.float32)

@@ -1,0 +1,134 @@
+"""Where bytes come from: scikit-learn's digits inside its package, and TensorFlow Datasets without TensorFlow."""
+
+import io
+import os
+import pathlib
+import urllib.request
+from typing import NamedTuple
+
+import numpy as np
+
+from lra_jax import errors
+
+TRY_DIGITS = "meanwhile `--config configs/sequencer2d.py:digits` trains on data that needs no download"
+
+
+class Split(NamedTuple):
+  """Examples of one split: inputs (N, H, W, C) uint8, labels (N,) int32 in 0 … S − 1."""
+
+  inputs: np.ndarray
+  labels: np.ndarray
+
+
+def digits(data_dir: str | None = None) -> dict[str, Split]:
+  """1,797 handwritten digits scanned at 8 × 8 px (UCI optdigits), as scikit-learn ships them; no download.
+
+  The 17 grey levels 0 … 16 become 0 … 255. There is no official test split of these; every fifth example of every class,
+  in the order of the file, is taken for it, for all seeds alike.
+
+  Args:
+    data_dir: not used; the data are inside scikit-learn.
+
+  Returns:
+    Splits "train" and "test", images (N, 8, 8, 1).
+  """
+  del data_dir
+  from sklearn import datasets  # half a second, needed by this task alone
+
+  images, labels = datasets.load_digits(return_X_y=True)
+  images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+  is_test = np.zeros(len(labels), bool)
+  for label in range(10):
+    is_test[np.flatnonzero(labels == label)[::5]] = True
+  labels = labels.astype(np.int32)
+  return {"train": Split(images[~is_test], labels[~is_test]), "test": Split(images[is_test], labels[is_test])}
+
+
+def cifar10(data_dir: str | None = None) -> dict[str, Split]:
+  """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 RGB images of 32 × 32 px, through TensorFlow Datasets.
+
+  Prepared data are read as they are; data not yet prepared are downloaded and prepared first.
+
+  Args:
+    data_dir: the TFDS folder; None or "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+  Returns:
+    Splits "train" and "test".
+
+  Raises:
+    UserError: the data are not there and cannot be prepared, or cannot be read.
+  """
+  return _tfds(_cifar10_builder(_tfds_dir(data_dir)), ("train", "test"))
+
+
+def _tfds_dir(data_dir):
+  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return pathlib.Path(data_dir or default).expanduser()
+
+
+def _cifar10_builder(data_dir):
+  import tensorflow_datasets as tfds
+
+  class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
+    """TFDS's builder, with PNG encoding by Pillow: its own needs TensorFlow for that and for opening files."""
+
+    url_infos = tfds.image_classification.Cifar10.url_infos  # size and checksum of the archive
+
+    def _generate_examples(self, split_prefix, filepaths):
+      index = 0
+      for path in filepaths:
+        records = np.fromfile(path, np.uint8).reshape(-1, 1 + 3072)  # label, then the red, green and blue planes
+        for record in records:
+          image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+          yield index, {"id": f"{split_prefix}{index:05d}", "label": record[0], "image": _png(image)}
+          index += 1
+
+  return Cifar10(data_dir=data_dir, file_format="array_record")
+
+
+def _tfds(builder, splits):
+  """Reads splits of a builder into memory, preparing them first where they are not there."""
+  import tensorflow_datasets as tfds
+
+  where = f"{builder.name} in {builder.data_dir}"
+  if not builder.is_prepared():
+    try:
+      for url in builder.url_infos:  # TFDS itself tries for minutes where there is no network
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
+      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    except Exception as error:  # TFDS and what it calls raise dozens of types; the user needs the first line of any
+      reason = str(error).strip().split("\n")[0] or type(error).__name__
+      raise errors.UserError(
+        f"{where}: not prepared, and preparing it failed ({type(error).__name__}: {reason}); run this once where there is "
+        f"network, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it; {TRY_DIGITS}"
+      ) from error
+  result = {}
+  for split in splits:
+    try:
+      source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+      examples = source.__getitems__(list(range(len(source))))
+      inputs = np.stack([_decode(example["image"]) for example in examples])
+      labels = np.array([example["label"] for example in examples], np.int32)
+    except Exception as error:
+      reason = str(error).strip().split("\n")[0] or type(error).__name__
+      raise errors.UserError(
+        f"{where}: split {split!r} cannot be read ({type(error).__name__}: {reason}); remove the folder so that it is "
+        f"prepared anew (as array_record); {TRY_DIGITS}"
+      ) from error
+    result[split] = Split(inputs, labels)
+  return result
+
+
+def _png(image):
+  from PIL import Image
+
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="png")
+  buffer.seek(0)
+  return buffer
+
+
+def _decode(encoded):
+  from PIL import Image
+
+  return np.asarray(Image.open(io.BytesIO(encoded)))

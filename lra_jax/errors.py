@@ -1,0 +1,32 @@
+"""Errors that a user can cause: one line that says what, where and what to do; exit code 2; no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+  """Something the user can mend. Its text is one line; programmer errors keep their own types and tracebacks."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+  """Returns the line for a name that does not exist, near misses first.
+
+  Args:
+    what: what the name stands for, such as "model".
+    name: the name as given.
+    known: all names there are.
+  """
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+  meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+  return f"{what} {name!r} does not exist; {meant}known: {', '.join(known)}"
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+  """Runs `main`; a `UserError` ends the process with its one line on standard error and exit code 2."""
+  try:
+    main()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,115 @@
+"""What a run says: evaluation metrics, metrics.jsonl, TensorBoard events, one progress bar or plain lines."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import flax.struct
+import tqdm
+from clu import metrics as clu_metrics
+
+
+@flax.struct.dataclass
+class EvalMetrics(clu_metrics.Collection):
+  """Accuracy and mean cross-entropy of the examples whose mask is 1."""
+
+  accuracy: clu_metrics.Accuracy
+  loss: clu_metrics.Average.from_output("losses")
+
+
+class Writer:
+  """`metrics.jsonl`, one line an event, and TensorBoard events of the same numbers (no TensorFlow needed)."""
+
+  def __init__(self, workdir: pathlib.Path, resume_step: int):
+    """Opens both for appending; what an earlier run wrote beyond `resume_step` is taken out, as it comes again."""
+    import tensorboardX  # slow to import
+
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if path.exists():
+      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text("".join(f"{line}\n" for line in kept))
+      os.replace(temporary, path)
+    self._file = path.open("a")
+    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None)
+
+  def write(self, step: int, **values: float) -> None:
+    """Writes numbers of one step, named like "train/loss"."""
+    values = {name: float(value) for name, value in values.items()}
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError):  # a line that a killed run wrote half
+    return math.inf
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The events of `metrics.jsonl`, in order."""
+  return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+class Progress:
+  """A progress bar with loss, accuracy, images/s and time left; plain lines where the output is no terminal."""
+
+  SECONDS_BETWEEN_LINES = 10.0
+
+  def __init__(self, steps: int, first_step: int, batch_size: int):
+    self._steps, self._batch_size = steps, batch_size
+    self._start = self._last = time.perf_counter()
+    self._first_step = first_step
+    terminal = sys.stderr.isatty()
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed} < {remaining}{postfix}]"
+    self._bar = (
+      tqdm.tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, bar_format=form) if terminal else None
+    )
+
+  def update(self, step: int, loss: float, accuracy: float) -> None:
+    """Called with the mean loss and accuracy of the last steps."""
+    now = time.perf_counter()
+    rate = (step - self._first_step) / max(now - self._start, 1e-9)
+    images = f"{rate * self._batch_size:,.0f} images/s"
+    if self._bar is not None:
+      self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images}", refresh=False)
+      self._bar.update(step - self._bar.n)
+    elif now - self._last > self.SECONDS_BETWEEN_LINES:
+      self._last = now
+      left = (self._steps - step) / max(rate, 1e-9)
+      print(
+        f"step {step}/{self._steps}  loss {loss:.3f}  accuracy {accuracy:.1%}  {images}  {duration(left)} left",
+        flush=True,
+      )
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    if self._bar is not None:
+      self._bar.write(text)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+def duration(seconds: float) -> str:
+  """Seconds as "42 s", "3:05 min" or "2:10 h"."""
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds} s"
+  if seconds < 3600:
+    return f"{seconds // 60}:{seconds % 60:02d} min"
+  return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"

@@ -1,0 +1,105 @@
+"""Optimizers, schedules, weight-decay mask, moving average: Optax, chosen by config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+import optax.contrib
+
+from lra_jax import errors
+from lra_jax.models import layers
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
+SCHEDULES = ("cosine", "one_cycle", "piecewise", "plateau", "constant")
+
+
+def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch: float) -> optax.Schedule:
+  """Learning rate by step.
+
+  Args:
+    config: `config.optim`; durations in epochs, converted here.
+    steps: of the whole training.
+    steps_per_epoch: N / batch size, not rounded.
+
+  Returns:
+    A function of the step, counted from 0.
+
+  Raises:
+    UserError: unknown schedule, or durations that do not fit into the training.
+  """
+  peak, schedule = config.learning_rate, config.schedule
+  if schedule.name not in SCHEDULES:
+    raise errors.UserError(errors.unknown("config.optim.schedule.name:", schedule.name, SCHEDULES))
+  warmup = round(schedule.warmup_epochs * steps_per_epoch)
+  cooldown = round(schedule.cooldown_epochs * steps_per_epoch)
+  if warmup + cooldown >= steps:
+    raise errors.UserError(
+      f"config.optim.schedule: warmup_epochs={schedule.warmup_epochs} and cooldown_epochs={schedule.cooldown_epochs} are "
+      f"{warmup + cooldown} steps, the whole training has {steps}; shorten them or train longer"
+    )
+  warm = optax.linear_schedule(schedule.warmup_rate, peak, warmup)
+
+  if schedule.name == "one_cycle":  # Smith & Topin 2018; brings its own warm-up
+    return optax.cosine_onecycle_schedule(
+      steps, peak, schedule.peak_at, schedule.start_divisor, schedule.end_divisor / schedule.start_divisor
+    )
+  if schedule.name == "cosine":  # SGDR (Loshchilov & Hutter 2017), every cycle's peak lower by cycle_decay
+    if schedule.cycles < 1:
+      raise errors.UserError(f"config.optim.schedule.cycles={schedule.cycles}: at least 1 is needed")
+    ends = [warmup + round((steps - cooldown - warmup) * (i + 1) / schedule.cycles) for i in range(schedule.cycles)]
+    parts, starts = [warm], [warmup]
+    for i, end in enumerate(ends):
+      cycle_peak = peak * schedule.cycle_decay**i
+      length = max(end - starts[-1], 1)
+      parts.append(optax.cosine_decay_schedule(cycle_peak, length, min(schedule.final_rate / cycle_peak, 1.0)))
+      starts.append(end)
+    return optax.join_schedules([*parts, optax.constant_schedule(schedule.final_rate)], starts)
+  if schedule.name == "piecewise":
+    boundaries = {round(epoch * steps_per_epoch) - warmup: schedule.factor for epoch in schedule.boundaries_epochs}
+    return optax.join_schedules([warm, optax.piecewise_constant_schedule(peak, boundaries)], [warmup])
+  return optax.join_schedules([warm, optax.constant_schedule(peak)], [warmup])  # constant; plateau scales it
+
+
+def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
+  """Reduces the rate where the validation loss no longer falls; stepped once an evaluation, state in the train state."""
+  schedule = config.schedule
+  return optax.contrib.reduce_on_plateau(factor=schedule.factor, patience=schedule.patience, rtol=0.0, atol=1e-4)
+
+
+def decay_mask(params: Any) -> Any:
+  """True for weight matrices, False for biases, norms, embeddings and positions; same tree as `params`."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in layers.WEIGHTS, params)
+
+
+def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """The optimizer of `config.optim`, gradient clipping by global norm first.
+
+  AdamW and Lion decay weights apart from the gradient; Adam and SGD add the decay to it, as PyTorch's do.
+
+  Raises:
+    UserError: unknown optimizer.
+  """
+  if config.name not in OPTIMIZERS:
+    raise errors.UserError(errors.unknown("config.optim.name:", config.name, OPTIMIZERS))
+  decoupled = dict(weight_decay=config.weight_decay, mask=decay_mask)
+  coupled = optax.add_decayed_weights(**decoupled)
+  optimizer = {
+    "adamw": lambda: optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, **decoupled),
+    "adam": lambda: optax.chain(coupled, optax.adam(schedule, b1=config.b1, b2=config.b2, eps=config.eps)),
+    "sgd": lambda: optax.chain(coupled, optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov)),
+    "lion": lambda: optax.lion(schedule, b1=config.b1, b2=config.b2, **decoupled),
+  }[config.name]()
+  if not config.clip_norm:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def ema_update(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
+  """Exponential moving average with warm-up: its decay at step t is min(decay, (1 + t) / (10 + t)).
+
+  Without the warm-up an average of a short run consists of its initialisation.
+  """
+  rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda a, b: a + rate * (b - a), ema, new)

@@ -1,0 +1,111 @@
+"""Pictures of a run: learning curves, confusion matrix, the most confidently wrong test images."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+def _pyplot():
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120, "font.size": 9})
+  return plt
+
+
+def curves(events: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
+  """Loss and accuracy of training and validation by step.
+
+  Args:
+    events: of `metrics.read`.
+    title: of the picture.
+    path: of the PNG file to write.
+  """
+  plt = _pyplot()
+  figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+  for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+    for split, color in (("train", "tab:blue"), ("validation", "tab:orange")):
+      points = [(e["step"], e[f"{split}/{name}"]) for e in events if f"{split}/{name}" in e]
+      if points:
+        steps, values = np.array(points).T
+        axis.plot(steps, values, color=color, label=split, marker="o" if len(points) < 5 else None, linewidth=1.2)
+    axis.set_xlabel("step")
+    axis.set_title(name if name == "accuracy" else "loss (cross-entropy; training with its smoothing and mixing)")
+    axis.legend(frameon=False)
+  figure.suptitle(title)
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...], title: str, path: pathlib.Path) -> None:
+  """Confusion matrix: rows are true classes, columns predicted ones, shares of the row.
+
+  Args:
+    labels, predictions: (N,) integers.
+    names: of the S classes.
+    title: of the picture.
+    path: of the PNG file to write.
+  """
+  plt = _pyplot()
+  counts = np.zeros((len(names), len(names)))
+  np.add.at(counts, (labels, predictions), 1)
+  share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+  size = min(max(3.5, 0.42 * len(names)), 14)
+  figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+  image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+  if len(names) <= 20:
+    for (row, column), value in np.ndenumerate(counts):
+      if value:
+        color = "white" if share[row, column] > 0.5 else "black"
+        axis.text(column, row, int(value), ha="center", va="center", fontsize=7, color=color)
+    axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
+    axis.set_yticks(range(len(names)), names)
+  axis.set_xlabel("predicted")
+  axis.set_ylabel("true")
+  axis.set_title(title, fontsize=9)
+  figure.colorbar(image, shrink=0.7, label="share of the true class")
+  figure.savefig(path)
+  plt.close(figure)
+
+
+def mistakes(
+  images: np.ndarray,
+  labels: np.ndarray,
+  predictions: np.ndarray,
+  confidences: np.ndarray,
+  names: tuple[str, ...],
+  title: str,
+  path: pathlib.Path,
+  most: int = 24,
+) -> None:
+  """The wrong predictions with the highest probability, most confident first.
+
+  Args:
+    images: (N, H, W, C) uint8.
+    labels, predictions: (N,) integers.
+    confidences: (N,) probability of the predicted class.
+    names: of the S classes.
+    title: of the picture.
+    path: of the PNG file to write.
+    most: how many at most.
+  """
+  plt = _pyplot()
+  wrong = np.flatnonzero(labels != predictions)
+  wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:most]
+  columns = 8
+  rows = max(1, -(-len(wrong) // columns))
+  figure, axes = plt.subplots(rows, columns, figsize=(9, 1.55 * rows + 0.4), layout="constrained", squeeze=False)
+  for axis in axes.flat:
+    axis.axis("off")
+  for axis, index in zip(axes.flat, wrong, strict=False):
+    image = images[index]
+    axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    axis.set_title(
+      f"true {names[labels[index]]}\n{names[predictions[index]]} {confidences[index]:.0%}", fontsize=7, linespacing=1.3
+    )
+  figure.suptitle(f"{title}: {np.count_nonzero(labels != predictions)} of {len(labels)} wrong, most confident first")
+  figure.savefig(path)
+  plt.close(figure)

@@ -1,0 +1,161 @@
+"""The workdir: all of a run in one folder, and a trained model back from it."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import ml_collections
+from flax import nnx
+
+from lra_jax import checkpoint, errors, models
+from lra_jax import config as config_lib
+from lra_jax.data import tasks
+
+PACKAGES = ("lra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "clu")
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """runs/<model>-<task>-<hash of the config>: the same command finds the same folder."""
+  text = config_lib.to_json(config)
+  return pathlib.Path("runs") / f"{config.model.name}-{config.task.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+  """Makes or enters a workdir; writes `config.json` and `environment.json`.
+
+  Returns:
+    The content of `result.json` where the run is finished, else None.
+
+  Raises:
+    UserError: the folder belongs to a run of another config, or cannot be written.
+  """
+  text = config_lib.to_json(config)
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      changed = config_lib.differences(path.read_text(), text)
+      if changed:
+        raise errors.UserError(
+          f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another --workdir, or the old config"
+        )
+    else:
+      others = [p.name for p in workdir.iterdir()]
+      if others:
+        raise errors.UserError(f"--workdir {workdir} has no config.json but other files ({others[0]}); take an empty folder")
+      write_atomically(path, text)
+    result = workdir / "result.json"
+    if result.exists():
+      return json.loads(result.read_text())
+    write_atomically(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+  except OSError as error:
+    raise errors.UserError(f"--workdir {workdir} cannot be used ({error.strerror}: {error.filename})") from error
+  return None
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that it is there whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+  """What a number depends on besides the config: versions, git revision, machine, command."""
+  versions = {}
+  for name in PACKAGES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return {
+    "packages": versions,
+    "python": platform.python_version(),
+    "git": _git_revision(),
+    "platform": platform.platform(),
+    "command": sys.argv,
+  }
+
+
+def _git_revision() -> str | None:
+  """Commit of the checkout that this package lies in, "-dirty" where files differ from it; None outside a checkout."""
+  folder = pathlib.Path(__file__).resolve().parents[1]
+  if not (folder / ".git").exists():
+    return None
+  command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+class Trained(NamedTuple):
+  """A model with the parameters of a checkpoint, its config, task and step."""
+
+  model: nnx.Module
+  config: ml_collections.ConfigDict
+  task: tasks.Task
+  step: int
+
+
+def create_model(config: ml_collections.ConfigDict, task: tasks.Task) -> nnx.Module:
+  """The model of a config, initialised from its seed. Fields of `config.model` that are None keep the preset's value."""
+  overrides = {k: v for k, v in config.model.to_dict().items() if k != "name" and v is not None}
+  overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+  return models.create(
+    config.model.name,
+    input_shape=task.input_shape,
+    num_classes=len(task.class_names),
+    rngs=nnx.Rngs(config.seed),
+    **overrides,
+  )
+
+
+def load(workdir: str | pathlib.Path, step: str = "best") -> Trained:
+  """Reads a trained model: `nnx.Module`, ready to be called.
+
+  Args:
+    workdir: of the run.
+    step: "best" by validation accuracy, "newest", or a number.
+
+  Raises:
+    UserError: no such run, step or readable checkpoint.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / "config.json").is_file():
+    raise errors.UserError(f"--workdir {workdir} holds no run (no config.json); give the folder of a training run")
+  config = config_lib.from_json((workdir / "config.json").read_text())
+  task = tasks.get(config.task.name)
+  if not (workdir / "checkpoints").is_dir():
+    raise errors.UserError(f"--workdir {workdir} holds no checkpoint yet")
+  checkpoints = checkpoint.Checkpoints(workdir)
+  try:
+    restored = _read(checkpoints, step)
+  finally:
+    checkpoints.close()
+  weights = restored.state.get("ema") or restored.state
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: create_model(config, task)))
+  model = nnx.merge(graphdef, weights["params"], weights["model_state"])
+  return Trained(model, config, task, restored.step)
+
+
+def _read(checkpoints, step):
+  steps = checkpoints.steps()
+  if not steps:
+    raise errors.UserError("there is no checkpoint yet")
+  number = {"best": None, "newest": steps[-1]}.get(step, int(step) if step.isdigit() else -1)
+  if number is None:
+    number = checkpoints.restore(steps[-1]).host["best_step"] or steps[-1]
+  if number not in steps:
+    raise errors.UserError(f"--step {step}: checkpoints are there of steps {', '.join(map(str, steps))}, best, newest")
+  try:
+    return checkpoints.restore(number)
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    raise errors.UserError(f"checkpoint {number} is damaged ({reason}); others: {', '.join(map(str, steps))}") from error

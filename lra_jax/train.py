@@ -1,0 +1,392 @@
+"""The whole run, top to bottom: mesh, data, model, state, restore, loop, test.
+
+Training state is one pytree of arrays: {"step", "params", "model_state", "opt_state", "ema", "plateau"}, the last two where
+the config asks for them. One call to the device runs `plan.steps_per_call` steps.
+Axes: B batch, H rows, W columns, C channels, S classes, M steps of a call.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from clu import parameter_overview
+from flax import nnx
+
+from lra_jax import checkpoint, errors, flops, metrics, optim, parallel, report, runs
+from lra_jax.data import augment, resident, tasks
+
+# Randomness is a function of (seed, step, purpose); these are the purposes.
+AUGMENT, MIX, DROPOUT = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The run in steps; durations in epochs are converted once, here."""
+
+  batch_size: int
+  steps: int
+  steps_per_call: int
+  steps_per_epoch: float
+  eval_every: int
+
+  @classmethod
+  def make(cls, config: ml_collections.ConfigDict, examples: int, devices: int, platform: str) -> "Plan":
+    """Converts, rounding so that every call to the device has the same number of steps.
+
+    Raises:
+      UserError: a batch size that the devices or the accumulation do not divide, or nothing to train.
+    """
+    batch_size, accumulate = config.train.batch_size, config.train.accumulate
+    if batch_size < 1 or accumulate < 1 or batch_size % (devices * accumulate):
+      raise errors.UserError(
+        f"config.train.batch_size={batch_size} must be a multiple of {devices} devices × accumulate={accumulate}"
+      )
+    steps_per_epoch = examples / batch_size
+    steps = config.train.steps or math.ceil(config.train.epochs * steps_per_epoch)
+    if steps < 1 or config.eval.every_epochs <= 0:
+      raise errors.UserError(
+        f"config.train.epochs={config.train.epochs}, steps={config.train.steps}, eval.every_epochs="
+        f"{config.eval.every_epochs}: nothing to do; all must be above 0"
+      )
+    eval_every = min(max(round(config.eval.every_epochs * steps_per_epoch), 1), steps)
+    # On CPU a loop around the step gains nothing, and a convolution in it is ruinously slow.
+    most = config.train.steps_per_call or (1 if platform == "cpu" else 100)
+    steps_per_call = math.ceil(eval_every / math.ceil(eval_every / most))
+    eval_every = math.ceil(eval_every / steps_per_call) * steps_per_call
+    return cls(batch_size, math.ceil(steps / steps_per_call) * steps_per_call, steps_per_call, steps_per_epoch, eval_every)
+
+
+def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransformation]:
+  """Returns the model's graph definition, the training state at step 0, and the optimizer."""
+  optimizer = optim.make_optimizer(config.optim, schedule)
+  graphdefs = []
+
+  def init():
+    graphdef, params, rest = nnx.split(runs.create_model(config, task), nnx.Param, ...)
+    graphdefs.append(graphdef)
+    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "model_state": rest, "opt_state": optimizer.init(params)}
+    if config.optim.ema_decay:
+      state["ema"] = {"params": jax.tree.map(jnp.copy, params), "model_state": jax.tree.map(jnp.copy, rest)}
+    if config.optim.schedule.name == "plateau":
+      state["plateau"] = optim.make_plateau(config.optim).init(params)
+    return state
+
+  state = jax.jit(init)()  # one compiled program instead of one per parameter
+  return graphdefs[0], state, optimizer
+
+
+def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh):
+  """Returns `call(state, data, indices_MB) -> state, metrics`, M = `steps` training steps in one program."""
+  classes, root = len(task.class_names), jax.random.key(config.seed)
+  parts = config.train.accumulate
+  batch_sharding = parallel.sharded(mesh)
+
+  def key_of(step, purpose):
+    return jax.random.fold_in(jax.random.fold_in(root, purpose), step)
+
+  def loss_fn(params, model_state, x_BHWC, targets_BS, key):
+    model = nnx.merge(graphdef, params, model_state)
+    logits_BS = model(x_BHWC, train=True, rngs=nnx.Rngs(dropout=key))
+    loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
+    accuracy = (logits_BS.argmax(-1) == targets_BS.argmax(-1)).mean()
+    _, _, model_state = nnx.split(model, nnx.Param, ...)
+    return loss, (accuracy, nnx.to_pure_dict(model_state))
+
+  def gradients(params, model_state, x_BHWC, targets_BS, key):
+    """Mean gradient over the batch, taken in `parts` parts; every part has examples of every device."""
+
+    def one(carry, part):
+      sums, model_state = carry
+      x, targets, index = part
+      grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+      (loss, (accuracy, model_state)), grads = grad_fn(params, model_state, x, targets, jax.random.fold_in(key, index))
+      return (jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), model_state), None
+
+    split = [jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for a in (x_BHWC, targets_BS)]
+    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+    unroll = parts if mesh.devices.flat[0].platform == "cpu" else 1  # no convolution in a loop there
+    (sums, model_state), _ = jax.lax.scan(one, (zeros, model_state), (*split, jnp.arange(parts)), unroll=unroll)
+    return *jax.tree.map(lambda a: a / parts, sums), model_state
+
+  def step(data, state, indices_B):
+    number = state["step"]
+    x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], batch_sharding)
+    x_BHWC = augment.augment(key_of(number, AUGMENT), x_BHWC, config.augment, task.mean, task.std)
+    targets_BS = optax.smooth_labels(jax.nn.one_hot(data.labels[indices_B], classes), config.train.label_smoothing)
+    mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability
+    x_BHWC, targets_BS = augment.mix(key_of(number, MIX), x_BHWC, targets_BS, *mixing)
+
+    grads, loss, accuracy, model_state = gradients(
+      state["params"], state["model_state"], x_BHWC, targets_BS, key_of(number, DROPOUT)
+    )
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    rate = schedule(number)
+    if "plateau" in state:
+      rate = rate * state["plateau"].scale
+      updates = jax.tree.map(lambda u: u * state["plateau"].scale, updates)
+    params = optax.apply_updates(state["params"], updates)
+    new = {"step": number + 1, "params": params, "model_state": model_state, "opt_state": opt_state}
+    if "ema" in state:
+      current = {"params": params, "model_state": model_state}
+      new["ema"] = optim.ema_update(state["ema"], current, number, config.optim.ema_decay)
+    values = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.global_norm(grads), "learning_rate": rate}
+    return state | new, values
+
+  def call(state, data, indices_MB):
+    if steps == 1:
+      state, values = step(data, state, indices_MB[0])
+      return state, jax.tree.map(lambda v: v[None], values)
+    return jax.lax.scan(functools.partial(step, data), state, indices_MB)
+
+  whole = parallel.replicated(mesh)
+  return jax.jit(
+    call, donate_argnums=0, in_shardings=(whole, whole, parallel.sharded(mesh, 1)), out_shardings=(whole, whole)
+  )
+
+
+def make_eval_call(task, graphdef, mesh):
+  """Returns `call(weights, data, indices_B, mask_B) -> metrics, predictions_B, confidences_B`."""
+
+  def call(weights, data, indices_B, mask_B):
+    model = nnx.merge(graphdef, weights["params"], weights["model_state"])
+    x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], parallel.sharded(mesh))
+    logits_BS = model(augment.normalize(x_BHWC, task.mean, task.std))
+    labels_B = data.labels[indices_B]
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
+    totals = metrics.EvalMetrics.single_from_model_output(logits=logits_BS, labels=labels_B, losses=losses_B, mask=mask_B)
+    return totals, logits_BS.argmax(-1), jax.nn.softmax(logits_BS).max(-1)
+
+  whole, split = parallel.replicated(mesh), parallel.sharded(mesh)
+  return jax.jit(call, in_shardings=(whole, whole, split, split), out_shardings=whole)
+
+
+def evaluate(call, weights, data: resident.Resident, batch_size: int, devices: int) -> tuple[dict, np.ndarray, np.ndarray]:
+  """Runs `call` over a split, every example once.
+
+  Returns:
+    {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each.
+  """
+  examples = len(data.labels)
+  batch_size = -(-min(batch_size, examples) // devices) * devices
+  outputs = [call(weights, data, *batch) for batch in zip(*resident.eval_batches(examples, batch_size), strict=True)]
+  outputs = jax.device_get(outputs)
+  totals = functools.reduce(lambda a, b: a.merge(b), (o[0] for o in outputs))
+  predictions, confidences = (np.concatenate([o[i] for o in outputs])[:examples] for i in (1, 2))
+  return {name: float(value) for name, value in totals.compute().items()}, predictions, confidences
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None) -> dict[str, Any]:
+  """Trains, or resumes, or repeats the result of a finished run.
+
+  Args:
+    config: resolved; see configs/common.py for its fields.
+    workdir: folder of the run; None for `runs.default_workdir`.
+
+  Returns:
+    The content of `result.json`; {} where a signal ended the run early.
+
+  Raises:
+    UserError: anything that the user can mend, and a loss that is no longer finite.
+  """
+  started = time.perf_counter()
+  workdir = pathlib.Path(workdir) if workdir else runs.default_workdir(config)
+  result = runs.open_workdir(workdir, config)
+  if result is not None:
+    print(f"{workdir} is finished; its result:\n{json.dumps(result, indent=2)}")
+    return result
+  parallel.keep_freed_memory()
+
+  # What is trained on what.
+  mesh = parallel.make_mesh(config.parallel.data)
+  whole = parallel.replicated(mesh)
+  task = tasks.get(config.task.name)
+  splits = tasks.load(**config.task.to_dict())
+  data = {name: resident.put(split, whole) for name, split in splits.items()}
+  examples = len(splits["train"].labels)
+  plan = Plan.make(config, examples, mesh.size, mesh.devices.flat[0].platform)
+  schedule = optim.make_schedule(config.optim, plan.steps, plan.steps_per_epoch)
+  graphdef, state, optimizer = init_state(config, task, schedule)
+  parameters = parameter_overview.count_parameters(state["params"])
+  overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
+  (workdir / "parameters.txt").write_text(overview + "\n")
+  sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
+  print(overview)
+  print(f"{config.model.name} on {task.name}: {parameters:,} parameters; {sizes} examples; {parallel.describe(mesh)}")
+
+  # Where an earlier start of this run left off.
+  checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "evaluations_since_best": 0, "seconds": 0.0}
+  restored = checkpoints.restore_newest(state, print)
+  if restored is not None:
+    state, host = restored.state, restored.host
+    print(f"resuming at step {restored.step} of {plan.steps}")
+  first = restored.step if restored else 0
+  state = jax.device_put(state, whole)
+
+  # Compiling before the loop tells what a step costs, and keeps its time out of the speed.
+  train_call = make_train_call(config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
+  eval_call = make_eval_call(task, graphdef, mesh)
+  compile_start = time.perf_counter()
+  indices = jax.ShapeDtypeStruct((plan.steps_per_call, plan.batch_size), jnp.int32)
+  traced = train_call.trace(state, data["train"], indices)
+  operations = flops.count(traced.jaxpr) / plan.steps_per_call
+  train_call = traced.lower().compile()
+  compile_seconds = time.perf_counter() - compile_start
+  memory = train_call.memory_analysis()
+  memory = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  print(
+    f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {memory / 2**20:,.0f} MiB peak memory per device; "
+    f"compiled in {compile_seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
+  )
+
+  writer = metrics.Writer(workdir, first)
+  progress = metrics.Progress(plan.steps, first, plan.batch_size)
+  stop = _StopSignal()
+  loop_start = last_saved = time.perf_counter()
+  seconds_before, eval_seconds = host["seconds"], 0.0
+
+  def weights_of(state):
+    return state.get("ema") or {"params": state["params"], "model_state": state["model_state"]}
+
+  def save(step):
+    host["seconds"] = seconds_before + time.perf_counter() - loop_start
+    checkpoints.save(step, state, host)
+
+  def read_metrics(step, values):
+    """Fetches the metrics of the call that ended at `step`; waits for it."""
+    values = jax.device_get(values)
+    good = np.isfinite(values["loss"]) & np.isfinite(values["gradient_norm"])
+    if not good.all():
+      bad = step - plan.steps_per_call + int(np.argmin(good)) + 1
+      index = bad - step - 1
+      checkpoints.wait()
+      kept = checkpoints.steps()
+      raise errors.UserError(
+        f"training diverged at step {bad}: loss {values['loss'][index]}, gradient norm {values['gradient_norm'][index]}; "
+        f"the last good checkpoint is {f'{workdir}/checkpoints/{kept[-1]}' if kept else 'none yet'}; try a lower "
+        f"--config.optim.learning_rate (now {config.optim.learning_rate}) or --config.optim.clip_norm"
+      )
+    means = {name: float(v.mean()) for name, v in values.items()}
+    writer.write(step, **{f"train/{name}": value for name, value in means.items()})
+    progress.update(step, means["loss"], means["accuracy"])
+
+  step, pending, finished = first, None, first >= plan.steps or _stopped_early(config, host)
+  try:
+    while not finished and not stop.requested:
+      batches = resident.train_indices(examples, plan.batch_size, step, plan.steps_per_call, config.seed)
+      state, step_metrics = train_call(state, data["train"], jax.device_put(batches, parallel.sharded(mesh, 1)))
+      step += plan.steps_per_call
+      if pending is not None:
+        read_metrics(*pending)  # of the call before: the device is busy with this one meanwhile
+      pending = (step, step_metrics)
+
+      is_best = False
+      if step % plan.eval_every == 0 or step == plan.steps:
+        read_metrics(*pending)
+        pending = None
+        eval_start = time.perf_counter()
+        values, _, _ = evaluate(eval_call, weights_of(state), data["validation"], config.eval.batch_size, mesh.size)
+        eval_seconds += time.perf_counter() - eval_start
+        writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
+        progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
+        is_best = values["accuracy"] > host["best_accuracy"]
+        if is_best:
+          host |= {"best_step": step, "best_accuracy": values["accuracy"]}
+        host["evaluations_since_best"] = 0 if is_best else host["evaluations_since_best"] + 1
+        if "plateau" in state:
+          _, plateau = optim.make_plateau(config.optim).update({}, state["plateau"], value=values["loss"])
+          state["plateau"] = jax.device_put(plateau, whole)
+        finished = step == plan.steps or _stopped_early(config, host)
+
+      if is_best or finished or time.perf_counter() - last_saved >= config.checkpoint.every_seconds:
+        if pending is not None:
+          read_metrics(*pending)  # no checkpoint of a state that may be broken
+          pending = None
+        save(step)
+        last_saved = time.perf_counter()
+    if not finished:
+      if pending is not None:
+        read_metrics(*pending)
+      if step not in checkpoints.steps():
+        save(step)
+      checkpoints.wait()
+      progress.say(f"stopped by {stop.name} at step {step} of {plan.steps}; saved. The same command resumes.")
+      return {}
+  finally:
+    stop.restore()
+    progress.close()
+    writer.close()
+    checkpoints.close()
+
+  # The test split is looked at once, with the parameters that validation chose.
+  best = restored if restored and restored.step == host["best_step"] else None
+  reader = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+  best = best or reader.restore(host["best_step"], state)
+  reader.close()
+  weights = jax.device_put(weights_of(best.state), whole)
+  test, predictions, confidences = evaluate(eval_call, weights, data["test"], config.eval.batch_size, mesh.size)
+  seconds = seconds_before + time.perf_counter() - loop_start
+  train_seconds = time.perf_counter() - loop_start - eval_seconds
+  stats = mesh.devices.flat[0].memory_stats() or {}
+  result = {
+    "model": config.model.name,
+    "task": task.name,
+    "parameters": parameters,
+    "best_validation_accuracy": host["best_accuracy"],
+    "best_step": host["best_step"],
+    "test_accuracy": test["accuracy"],
+    "test_loss": test["loss"],
+    "steps": step,
+    "seconds": round(seconds, 3),
+    "images_per_second": round((step - first) * plan.batch_size / train_seconds, 1) if step > first else None,
+    "compile_seconds": round(compile_seconds, 3),
+    "total_seconds": round(time.perf_counter() - started, 3),
+    "peak_memory_bytes": stats.get("peak_bytes_in_use", memory),
+    "gflop_per_step": round(operations / 1e9, 3),
+    "device": parallel.describe(mesh),
+    "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
+  }
+  title = f"{config.model.name} on {task.name}, seed {config.seed}"
+  score = f"{title}, test accuracy {test['accuracy']:.2%}"
+  report.curves(metrics.read(workdir), title, workdir / "curves.png")
+  labels, names = splits["test"].labels, task.class_names
+  report.confusion(labels, predictions, names, score, workdir / "confusion.png")
+  images = splits["test"].inputs
+  report.mistakes(images, labels, predictions, confidences, names, title, workdir / "mistakes.png")
+  runs.write_atomically(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+  print(json.dumps(result, indent=2))
+  print(f"test accuracy {test['accuracy']:.2%} (best validation {host['best_accuracy']:.2%} at step {host['best_step']}) in {workdir}")
+  return result
+
+
+def _stopped_early(config, host) -> bool:
+  patience = config.eval.early_stop_patience
+  return bool(patience) and host["evaluations_since_best"] >= patience
+
+
+class _StopSignal:
+  """Remembers SIGTERM or Ctrl-C until the step at hand is done; a second one acts at once."""
+
+  def __init__(self):
+    self.requested, self.name = False, ""
+    self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def _handle(self, number, frame):
+    del frame
+    self.requested, self.name = True, signal.Signals(number).name
+    self.restore()
+
+  def restore(self):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)

@@ -34,11 +34,14 @@ def build(family, argument, variants, defaults):
   c.optim.weight_decay = 0.05
   if task == "digits":
     c.train.batch_size = 64
-    c.train.epochs = 30.0
+    c.train.epochs = 45.0
     c.train.label_smoothing = 0.1
+    c.train.cutmix = 1.0
+    c.train.mix_probability = 0.5
     c.augment.crop_pad = 1
-    c.optim.learning_rate = 3e-3
+    c.optim.learning_rate = 2e-3
     c.optim.schedule.warmup_epochs = 2.0
+    c.optim.ema_decay = 0.99
     c.eval.every_epochs = 2.0
   if task == "cifar10":
     c.train.batch_size = 256

@@ -33,7 +33,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
-      item_names=("state", "host"),
+      item_handlers={"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()},
     )
 
   def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
       Exception: of any type, where the files are damaged.
     """
     if like is None:
-      like = self._manager.item_metadata(step)["state"].tree
+      like = self._manager.item_metadata(step)["state"]
     like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
     result = self._manager.restore(step, args=args)

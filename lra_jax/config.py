@@ -47,11 +47,9 @@ def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.
   if flag not in flags.FLAGS:
     config_flags.DEFINE_config_file(flag, None, "Config file, with :task,option=value.", lock_config=True, sys_argv=argv)
   try:
-    rest = flags.FLAGS(argv)
-  except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
+    errors.parse_flags(argv, required=())
+  except (ValueError, TypeError, AttributeError, KeyError) as error:  # of an override's value
     raise errors.UserError(" ".join(str(error).split())) from error
-  if len(rest) > 1:
-    raise errors.UserError(f"argument {rest[1]!r} is not understood; flags start with --")
   if position is None:
     raise errors.UserError(f"--{flag} is missing; try `python -m lra_jax.main --config configs/sequencer2d.py:digits`")
   return flags.FLAGS[flag].value

@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+from absl import flags
+
 
 class UserError(Exception):
   """Something the user can mend. Its text is one line; programmer errors keep their own types and tracebacks."""
@@ -21,6 +23,31 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
   return f"{what} {name!r} does not exist; {meant}known: {', '.join(known)}"
+
+
+def parse_flags(argv: list[str], required: tuple[str, ...], positional: str | None = None) -> list[str]:
+  """Parses the command line of a tool; returns what stands there besides flags.
+
+  Args:
+    argv: as `sys.argv`.
+    required: flags that must be given.
+    positional: what the arguments besides flags are, at least one; None where there are none.
+
+  Raises:
+    UserError: an unknown or missing flag or argument, or a wrong value.
+  """
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except flags.Error as error:
+    raise UserError(" ".join(str(error).split())) from error
+  for name in required:
+    if flags.FLAGS[name].value is None:
+      raise UserError(f"--{name} is missing: {flags.FLAGS[name].help}")
+  if positional and not rest:
+    raise UserError(f"no {positional} given")
+  if rest and not positional:
+    raise UserError(f"argument {rest[0]!r} is not understood; flags start with --")
+  return rest
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

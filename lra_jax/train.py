@@ -140,7 +140,7 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
     if "ema" in state:
       current = {"params": params, "model_state": model_state}
       new["ema"] = optim.ema_update(state["ema"], current, number, config.optim.ema_decay)
-    values = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.global_norm(grads), "learning_rate": rate}
+    values = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.tree.norm(grads), "learning_rate": rate}
     return state | new, values
 
   def call(state, data, indices_MB):
@@ -217,7 +217,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   plan = Plan.make(config, examples, mesh.size, mesh.devices.flat[0].platform)
   schedule = optim.make_schedule(config.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = init_state(config, task, schedule)
-  parameters = parameter_overview.count_parameters(state["params"])
+  parameters = int(parameter_overview.count_parameters(state["params"]))
   overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
   (workdir / "parameters.txt").write_text(overview + "\n")
   sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
@@ -226,7 +226,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "evaluations_since_best": 0, "seconds": 0.0}
+  host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "best_loss": math.inf, "evaluations_since_best": 0, "seconds": 0.0}
   restored = checkpoints.restore_newest(state, print)
   if restored is not None:
     state, host = restored.state, restored.host
@@ -300,9 +300,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
         eval_seconds += time.perf_counter() - eval_start
         writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
         progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
-        is_best = values["accuracy"] > host["best_accuracy"]
+        score = values["accuracy"], -values["loss"]  # small validation splits tie often; the lower loss decides
+        is_best = score > (host["best_accuracy"], -host["best_loss"])
         if is_best:
-          host |= {"best_step": step, "best_accuracy": values["accuracy"]}
+          host |= {"best_step": step, "best_accuracy": values["accuracy"], "best_loss": values["loss"]}
         host["evaluations_since_best"] = 0 if is_best else host["evaluations_since_best"] + 1
         if "plateau" in state:
           _, plateau = optim.make_plateau(config.optim).update({}, state["plateau"], value=values["loss"])

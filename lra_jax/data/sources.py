@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import tarfile
 import urllib.request
 from typing import NamedTuple
 
@@ -70,18 +71,31 @@ def _cifar10_builder(data_dir):
   import tensorflow_datasets as tfds
 
   class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
-    """TFDS's builder, with PNG encoding by Pillow: its own needs TensorFlow for that and for opening files."""
+    """TFDS's builder without TensorFlow, which its own needs for unpacking, opening files and PNG encoding."""
 
     url_infos = tfds.image_classification.Cifar10.url_infos  # size and checksum of the archive
 
+    def _split_generators(self, dl_manager):
+      info = self._cifar_info
+      archive = dl_manager.download(info.url)
+      with tarfile.open(archive) as tar:
+        names = tar.extractfile(info.prefix + info.label_files[0]).read().decode().split()
+      self.info.features["label"].names = names
+      return {
+        "train": self._generate_examples("train_", (archive, info.prefix, info.train_files)),
+        "test": self._generate_examples("test_", (archive, info.prefix, info.test_files)),
+      }
+
     def _generate_examples(self, split_prefix, filepaths):
+      archive, prefix, names = filepaths
       index = 0
-      for path in filepaths:
-        records = np.fromfile(path, np.uint8).reshape(-1, 1 + 3072)  # label, then the red, green and blue planes
-        for record in records:
-          image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-          yield index, {"id": f"{split_prefix}{index:05d}", "label": record[0], "image": _png(image)}
-          index += 1
+      with tarfile.open(archive) as tar:
+        for name in names:
+          content = tar.extractfile(prefix + name).read()
+          for record in np.frombuffer(content, np.uint8).reshape(-1, 1 + 3072):  # label, then red, green, blue planes
+            image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
+            yield index, {"id": f"{split_prefix}{index:05d}", "label": record[0], "image": _png(image)}
+            index += 1
 
   return Cifar10(data_dir=data_dir, file_format="array_record")
 

@@ -35,7 +35,7 @@ SEQUENCER2D = {
     hidden_sizes=(24, 48, 48, 48),
   ),
   "sequencer2d_digits": dict(
-    depths=(2, 2), drop_path=0.0, patch_sizes=(1, 2), embed_dims=(64, 128), hidden_sizes=(16, 32)
+    depths=(2, 2), drop_path=0.0, patch_sizes=(1, 2), embed_dims=(48, 96), hidden_sizes=(12, 24)
   ),
 }
 

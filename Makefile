@@ -1,0 +1,45 @@
+# make train   sets everything up and trains Sequencer2D on scikit-learn's digits
+# make test    sets everything up and runs the tests
+# make setup   the environment alone, in .venv
+# make parity  the tests against public PyTorch implementations, in an environment of their own (several GB)
+# make lint    ruff, as CI runs it
+
+# Any of these that is 3.12 or newer; PYTHON=... overrides.
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3 python,$(shell \
+  $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
+RUN := .venv/bin/python
+
+.PHONY: setup train test parity lint clean
+
+train: setup
+	$(RUN) -m lra_jax.main --config configs/sequencer2d.py:digits --workdir runs/digits
+
+test: setup
+	$(RUN) -m pytest -n 2 --dist loadgroup -q
+
+setup: .venv/ready
+
+parity: .venv-parity/ready
+	.venv-parity/bin/python -m pytest -q tests/parity
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+.venv/ready: setup.cfg
+	$(call environment,.venv,test)
+
+.venv-parity/ready: setup.cfg
+	$(call environment,.venv-parity,$(shell printf 'test,parity'))
+	.venv-parity/bin/python -m pip install --quiet --no-deps timm
+	touch $@
+
+define environment
+	@test -n "$(PYTHON)" || { echo "error: lra_jax needs Python 3.12 or newer; found $$(python3 --version 2>&1 || echo none). Install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]"
+	touch $(1)/ready
+endef
+
+clean:
+	rm -rf .venv .venv-parity build dist *.egg-info runs

@@ -1,0 +1,41 @@
+"""Evaluates a trained model: `python -m lra_jax.evaluate --workdir W [--split test] [--step best]`; prints one JSON object."""
+
+import json
+import sys
+
+from absl import flags
+
+from lra_jax import errors
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_STEP = flags.DEFINE_string("step", "best", "Checkpoint: best (by validation), newest, or a step.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the data, where it is not that of the training.")
+
+
+def main() -> None:
+  """Parses the flags, evaluates and prints."""
+  errors.parse_flags(sys.argv, required=("workdir",))
+  from flax import nnx
+
+  from lra_jax import parallel, runs, train
+  from lra_jax.data import resident, tasks
+
+  parallel.keep_freed_memory()
+  trained = runs.load(_WORKDIR.value, _STEP.value)
+  settings = trained.config.task.to_dict() | ({"data_dir": _DATA_DIR.value} if _DATA_DIR.value else {})
+  splits = tasks.load(**settings)
+  if _SPLIT.value not in splits:
+    raise errors.UserError(errors.unknown("--split", _SPLIT.value, splits))
+  mesh = parallel.make_mesh(-1)
+  graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
+  weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}
+  call = train.make_eval_call(trained.task, graphdef, mesh)
+  data = resident.put(splits[_SPLIT.value], parallel.replicated(mesh))
+  values, _, _ = train.evaluate(call, weights, data, trained.config.eval.batch_size, mesh.size)
+  head = {"model": trained.config.model.name, "task": trained.task.name, "split": _SPLIT.value, "step": trained.step}
+  print(json.dumps(head | {"examples": len(data.labels)} | values))
+
+
+if __name__ == "__main__":
+  errors.exit_on_user_error(main)

@@ -1,0 +1,1 @@
+"""Tasks, where their bytes come from, the order of examples, and augmentation on the device."""

@@ -4,9 +4,9 @@
   python -m lra_jax.main --config configs/sequencer2d.py                    CIFAR-10, our preset for 32 px
   python -m lra_jax.main --config configs/sequencer2d.py:cifar10,variant=s  the paper's S (4 × 4 tokens at 32 px)
 
-Recipe of the paper's ImageNet training (AdamW 2e-3 at batch 2048, weight decay 0.05, 20 of 300 epochs warm-up from 1e-6,
-cosine, label smoothing 0.1, MixUp 0.8, CutMix 1.0, random erasing 0.25 pixel), scaled to CIFAR-10: fewer epochs, pad-and-crop
-instead of random resized crop, clipping at 1 as in its CIFAR transfer. RandAugment is missing here.
+Recipe of the paper's ImageNet training (AdamW 2e-3 at batch 2048, weight decay 0.05, 20 of 300 epochs warm-up from
+1e-6, cosine, label smoothing 0.1, MixUp 0.8, CutMix 1.0, random erasing 0.25 pixel), scaled to CIFAR-10: fewer epochs,
+pad-and-crop instead of random resized crop, clipping at 1 as in its CIFAR transfer. RandAugment is missing here.
 Measured accuracies are in docs/results.md.
 """
 

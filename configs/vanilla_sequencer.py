@@ -1,4 +1,4 @@
-"""VanillaSequencer (Tatsunami & Taki 2022, section 4): one BiLSTM over the tokens in raster order, the paper's ablation.
+"""VanillaSequencer (Tatsunami & Taki 2022, section 4): one BiLSTM over the tokens in raster order.
 
   python -m lra_jax.main --config configs/vanilla_sequencer.py:digits
   python -m lra_jax.main --config configs/vanilla_sequencer.py:cifar10,variant=s_pe

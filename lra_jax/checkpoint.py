@@ -87,8 +87,7 @@ class Checkpoints:
         target.parent.mkdir(exist_ok=True)
         shutil.move(self._folder / str(step), target)
         self._manager.reload()
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        say(f"checkpoint {step} is damaged ({reason[:200]}); moved to {target}, trying the one before")
+        say(f"checkpoint {step} is damaged ({errors.first_line(error)}); moved to {target}, trying the one before")
     if steps:
       raise errors.UserError(f"{self._folder}: all checkpoints ({', '.join(map(str, steps))}) are damaged; start anew")
     return None

@@ -45,7 +45,9 @@ def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.
     config = _load(path, argument)
     _check_overrides(argv, flag, config)
   if flag not in flags.FLAGS:
-    config_flags.DEFINE_config_file(flag, None, "Config file, with :task,option=value.", lock_config=True, sys_argv=argv)
+    config_flags.DEFINE_config_file(
+      flag, None, "Config file, with :task,option=value.", lock_config=True, sys_argv=argv
+    )
   try:
     errors.parse_flags(argv, required=())
   except (ValueError, TypeError, AttributeError, KeyError) as error:  # of an override's value

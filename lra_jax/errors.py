@@ -25,6 +25,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
   return f"{what} {name!r} does not exist; {meant}known: {', '.join(known)}"
 
 
+def first_line(error: Exception) -> str:
+  """Type and first line of any exception, cut to what fits into a message of ours."""
+  lines = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 def parse_flags(argv: list[str], required: tuple[str, ...], positional: str | None = None) -> list[str]:
   """Parses the command line of a tool; returns what stands there besides flags.
 

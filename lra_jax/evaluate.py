@@ -1,4 +1,4 @@
-"""Evaluates a trained model: `python -m lra_jax.evaluate --workdir W [--split test] [--step best]`; prints one JSON object."""
+"""Evaluates a trained model: `python -m lra_jax.evaluate --workdir W [--split test] [--step best]`; prints JSON."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """Trains a model: `python -m lra_jax.main --config configs/sequencer2d.py[:task,option=value] [--workdir DIR]`.
 
-The same command again resumes the run. Any field is overridden by `--config.optim.learning_rate=1e-3`; the fields are in
-configs/common.py. `lra_jax.evaluate` and `lra_jax.predict` use what it leaves in the workdir.
+The same command again resumes the run. Any field is overridden by `--config.optim.learning_rate=1e-3`; the fields are
+in configs/common.py. `lra_jax.evaluate` and `lra_jax.predict` use what it leaves in the workdir.
 """
 
 import sys

@@ -36,8 +36,8 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
   cooldown = round(schedule.cooldown_epochs * steps_per_epoch)
   if warmup + cooldown >= steps:
     raise errors.UserError(
-      f"config.optim.schedule: warmup_epochs={schedule.warmup_epochs} and cooldown_epochs={schedule.cooldown_epochs} are "
-      f"{warmup + cooldown} steps, the whole training has {steps}; shorten them or train longer"
+      f"config.optim.schedule: warmup_epochs={schedule.warmup_epochs} and cooldown_epochs={schedule.cooldown_epochs} "
+      f"are {warmup + cooldown} steps, the whole training has {steps}; shorten them or train longer"
     )
   warm = optax.linear_schedule(schedule.warmup_rate, peak, warmup)
 
@@ -63,14 +63,14 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
 
 
 def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformationExtraArgs:
-  """Reduces the rate where the validation loss no longer falls; stepped once an evaluation, state in the train state."""
+  """Reduces the rate where the validation loss no longer falls; stepped once an evaluation."""
   schedule = config.schedule
   return optax.contrib.reduce_on_plateau(factor=schedule.factor, patience=schedule.patience, rtol=0.0, atol=1e-4)
 
 
 def decay_mask(params: Any) -> Any:
   """True for weight matrices, False for biases, norms, embeddings and positions; same tree as `params`."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in layers.WEIGHTS, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: layers.is_weight(path[-1].key), params)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:

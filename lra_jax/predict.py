@@ -1,6 +1,6 @@
 """Classifies image files: `python -m lra_jax.predict --workdir W image.png ...`; prints the top classes of each.
 
-A picture of another size is resized to the task's by Pillow's bicubic filter; colours become grey where the task is grey.
+A picture of another size is resized to the task's by Pillow's bicubic filter; colours become grey where the task is.
 """
 
 import sys

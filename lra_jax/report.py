@@ -5,6 +5,33 @@ from typing import Any
 
 import numpy as np
 
+from lra_jax import metrics
+from lra_jax.data.sources import Split
+
+
+def draw(
+  workdir: pathlib.Path,
+  title: str,
+  test: Split,
+  predictions: np.ndarray,
+  confidences: np.ndarray,
+  names: tuple[str, ...],
+) -> None:
+  """Draws the three pictures of a finished run into its workdir.
+
+  Args:
+    workdir: has `metrics.jsonl`.
+    title: of all pictures.
+    test: the test split.
+    predictions: (N,) class of each test example.
+    confidences: (N,) its probability.
+    names: of the S classes.
+  """
+  curves(metrics.read(workdir), title, workdir / "curves.png")
+  score = f"{title}, test accuracy {np.mean(predictions == test.labels):.2%}"
+  confusion(test.labels, predictions, names, score, workdir / "confusion.png")
+  mistakes(test.inputs, test.labels, predictions, confidences, names, title, workdir / "mistakes.png")
+
 
 def _pyplot():
   import matplotlib
@@ -40,7 +67,9 @@ def curves(events: list[dict[str, Any]], title: str, path: pathlib.Path) -> None
   plt.close(figure)
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...], title: str, path: pathlib.Path) -> None:
+def confusion(
+  labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...], title: str, path: pathlib.Path
+) -> None:
   """Confusion matrix: rows are true classes, columns predicted ones, shares of the row.
 
   Args:

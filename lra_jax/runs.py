@@ -6,8 +6,10 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -23,7 +25,9 @@ PACKAGES = ("lra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """runs/<model>-<task>-<hash of the config>: the same command finds the same folder."""
   text = config_lib.to_json(config)
-  return pathlib.Path("runs") / f"{config.model.name}-{config.task.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+  return (
+    pathlib.Path("runs") / f"{config.model.name}-{config.task.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+  )
 
 
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
@@ -43,12 +47,14 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> di
       changed = config_lib.differences(path.read_text(), text)
       if changed:
         raise errors.UserError(
-          f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another --workdir, or the old config"
+          f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another folder"
         )
     else:
       others = [p.name for p in workdir.iterdir()]
       if others:
-        raise errors.UserError(f"--workdir {workdir} has no config.json but other files ({others[0]}); take an empty folder")
+        raise errors.UserError(
+          f"--workdir {workdir} has no config.json but other files ({others[0]}); take an empty folder"
+        )
       write_atomically(path, text)
     result = workdir / "result.json"
     if result.exists():
@@ -105,7 +111,7 @@ class Trained(NamedTuple):
 
 
 def create_model(config: ml_collections.ConfigDict, task: tasks.Task) -> nnx.Module:
-  """The model of a config, initialised from its seed. Fields of `config.model` that are None keep the preset's value."""
+  """The model of a config, initialised from its seed. Where a field of `config.model` is None the preset's holds."""
   overrides = {k: v for k, v in config.model.to_dict().items() if k != "name" and v is not None}
   overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
   return models.create(
@@ -157,5 +163,26 @@ def _read(checkpoints, step):
   try:
     return checkpoints.restore(number)
   except Exception as error:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    raise errors.UserError(f"checkpoint {number} is damaged ({reason}); others: {', '.join(map(str, steps))}") from error
+    message = f"checkpoint {number} is damaged ({errors.first_line(error)}); there are {', '.join(map(str, steps))}"
+    raise errors.UserError(message) from error
+
+
+class StopSignal:
+  """Remembers SIGTERM or Ctrl-C until the step at hand is done; a second one acts at once."""
+
+  def __init__(self):
+    self.requested, self.name, self._old = False, "", {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+      self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _handle(self, number, frame):
+    del frame
+    self.requested, self.name = True, signal.Signals(number).name
+    self.__exit__()
+
+  def __exit__(self, *exception):
+    while self._old:
+      signal.signal(*self._old.popitem())

@@ -1,7 +1,7 @@
 """The whole run, top to bottom: mesh, data, model, state, restore, loop, test.
 
-Training state is one pytree of arrays: {"step", "params", "model_state", "opt_state", "ema", "plateau"}, the last two where
-the config asks for them. One call to the device runs `plan.steps_per_call` steps.
+Training state is one pytree of arrays: {"step", "params", "model_state", "opt_state", "ema", "plateau"}, the last two
+where the config asks for them. One call to the device runs `plan.steps_per_call` steps.
 Axes: B batch, H rows, W columns, C channels, S classes, M steps of a call.
 """
 
@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -63,7 +62,9 @@ class Plan:
     most = config.train.steps_per_call or (1 if platform == "cpu" else 100)
     steps_per_call = math.ceil(eval_every / math.ceil(eval_every / most))
     eval_every = math.ceil(eval_every / steps_per_call) * steps_per_call
-    return cls(batch_size, math.ceil(steps / steps_per_call) * steps_per_call, steps_per_call, steps_per_epoch, eval_every)
+    return cls(
+      batch_size, math.ceil(steps / steps_per_call) * steps_per_call, steps_per_call, steps_per_epoch, eval_every
+    )
 
 
 def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransformation]:
@@ -75,7 +76,12 @@ def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransfor
     graphdef, params, rest = nnx.split(runs.create_model(config, task), nnx.Param, ...)
     graphdefs.append(graphdef)
     params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "model_state": rest, "opt_state": optimizer.init(params)}
+    state = {
+      "step": jnp.zeros((), jnp.int32),
+      "params": params,
+      "model_state": rest,
+      "opt_state": optimizer.init(params),
+    }
     if config.optim.ema_decay:
       state["ema"] = {"params": jax.tree.map(jnp.copy, params), "model_state": jax.tree.map(jnp.copy, rest)}
     if config.optim.schedule.name == "plateau":
@@ -164,14 +170,18 @@ def make_eval_call(task, graphdef, mesh):
     logits_BS = model(augment.normalize(x_BHWC, task.mean, task.std))
     labels_B = data.labels[indices_B]
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
-    totals = metrics.EvalMetrics.single_from_model_output(logits=logits_BS, labels=labels_B, losses=losses_B, mask=mask_B)
+    totals = metrics.EvalMetrics.single_from_model_output(
+      logits=logits_BS, labels=labels_B, losses=losses_B, mask=mask_B
+    )
     return totals, logits_BS.argmax(-1), jax.nn.softmax(logits_BS).max(-1)
 
   whole, split = parallel.replicated(mesh), parallel.sharded(mesh)
   return jax.jit(call, in_shardings=(whole, whole, split, split), out_shardings=whole)
 
 
-def evaluate(call, weights, data: resident.Resident, batch_size: int, devices: int) -> tuple[dict, np.ndarray, np.ndarray]:
+def evaluate(
+  call, weights, data: resident.Resident, batch_size: int, devices: int
+) -> tuple[dict, np.ndarray, np.ndarray]:
   """Runs `call` over a split, every example once.
 
   Returns:
@@ -205,6 +215,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   if result is not None:
     print(f"{workdir} is finished; its result:\n{json.dumps(result, indent=2)}")
     return result
+  with runs.StopSignal() as stop:
+    return _train_and_test(config, workdir, stop, started)
+
+
+def _train_and_test(config, workdir, stop, started):
+  """`train_and_evaluate` of a workdir that is open and not finished."""
   parallel.keep_freed_memory()
 
   # What is trained on what.
@@ -226,7 +242,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "best_loss": math.inf, "evaluations_since_best": 0, "seconds": 0.0}
+  host = {
+    "seed": config.seed,
+    "best_step": None,
+    "best_accuracy": -1.0,
+    "best_loss": math.inf,
+    "evaluations_since_best": 0,
+    "seconds": 0.0,
+  }
   restored = checkpoints.restore_newest(state, print)
   if restored is not None:
     state, host = restored.state, restored.host
@@ -244,15 +267,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   train_call = traced.lower().compile()
   compile_seconds = time.perf_counter() - compile_start
   memory = train_call.memory_analysis()
-  memory = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  memory = (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  )
   print(
-    f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {memory / 2**20:,.0f} MiB peak memory per device; "
-    f"compiled in {compile_seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
+    f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {memory / 2**20:,.0f} MiB peak memory per "
+    f"device; compiled in {compile_seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
   )
 
   writer = metrics.Writer(workdir, first)
   progress = metrics.Progress(plan.steps, first, plan.batch_size)
-  stop = _StopSignal()
   loop_start = last_saved = time.perf_counter()
   seconds_before, eval_seconds = host["seconds"], 0.0
 
@@ -271,10 +295,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
       bad = step - plan.steps_per_call + int(np.argmin(good)) + 1
       index = bad - step - 1
       checkpoints.wait()
-      kept = checkpoints.steps()
+      kept = [f"{workdir}/checkpoints/{step}" for step in checkpoints.steps()]
       raise errors.UserError(
-        f"training diverged at step {bad}: loss {values['loss'][index]}, gradient norm {values['gradient_norm'][index]}; "
-        f"the last good checkpoint is {f'{workdir}/checkpoints/{kept[-1]}' if kept else 'none yet'}; try a lower "
+        f"training diverged at step {bad}: loss {values['loss'][index]}, gradient norm "
+        f"{values['gradient_norm'][index]}; last good checkpoint: {kept[-1] if kept else 'none yet'}; try a lower "
         f"--config.optim.learning_rate (now {config.optim.learning_rate}) or --config.optim.clip_norm"
       )
     means = {name: float(v.mean()) for name, v in values.items()}
@@ -324,21 +348,24 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
       checkpoints.wait()
       progress.say(f"stopped by {stop.name} at step {step} of {plan.steps}; saved. The same command resumes.")
       return {}
+
+    # The test split is looked at once, with the parameters that validation chose.
+    checkpoints.wait()
+    try:
+      best = checkpoints.restore(host["best_step"], state)
+    except Exception as error:
+      raise errors.UserError(
+        f"the best checkpoint, {workdir}/checkpoints/{host['best_step']}, is damaged ({errors.first_line(error)}); "
+        "`python -m lra_jax.evaluate` can use another"
+      ) from error
+    weights = jax.device_put(weights_of(best.state), whole)
+    test, predictions, confidences = evaluate(eval_call, weights, data["test"], config.eval.batch_size, mesh.size)
   finally:
-    stop.restore()
     progress.close()
     writer.close()
     checkpoints.close()
 
-  # The test split is looked at once, with the parameters that validation chose.
-  best = restored if restored and restored.step == host["best_step"] else None
-  reader = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  best = best or reader.restore(host["best_step"], state)
-  reader.close()
-  weights = jax.device_put(weights_of(best.state), whole)
-  test, predictions, confidences = evaluate(eval_call, weights, data["test"], config.eval.batch_size, mesh.size)
-  seconds = seconds_before + time.perf_counter() - loop_start
-  train_seconds = time.perf_counter() - loop_start - eval_seconds
+  seconds = time.perf_counter() - loop_start
   stats = mesh.devices.flat[0].memory_stats() or {}
   result = {
     "model": config.model.name,
@@ -349,8 +376,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
     "test_accuracy": test["accuracy"],
     "test_loss": test["loss"],
     "steps": step,
-    "seconds": round(seconds, 3),
-    "images_per_second": round((step - first) * plan.batch_size / train_seconds, 1) if step > first else None,
+    "seconds": round(seconds_before + seconds, 3),
+    "images_per_second": round((step - first) * plan.batch_size / (seconds - eval_seconds), 1)
+    if step > first
+    else None,
     "compile_seconds": round(compile_seconds, 3),
     "total_seconds": round(time.perf_counter() - started, 3),
     "peak_memory_bytes": stats.get("peak_bytes_in_use", memory),
@@ -359,35 +388,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
     "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
   }
   title = f"{config.model.name} on {task.name}, seed {config.seed}"
-  score = f"{title}, test accuracy {test['accuracy']:.2%}"
-  report.curves(metrics.read(workdir), title, workdir / "curves.png")
-  labels, names = splits["test"].labels, task.class_names
-  report.confusion(labels, predictions, names, score, workdir / "confusion.png")
-  images = splits["test"].inputs
-  report.mistakes(images, labels, predictions, confidences, names, title, workdir / "mistakes.png")
+  report.draw(workdir, title, splits["test"], predictions, confidences, task.class_names)
   runs.write_atomically(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   print(json.dumps(result, indent=2))
-  print(f"test accuracy {test['accuracy']:.2%} (best validation {host['best_accuracy']:.2%} at step {host['best_step']}) in {workdir}")
+  print(f"test accuracy {test['accuracy']:.2%}, best validation accuracy {host['best_accuracy']:.2%}; all in {workdir}")
   return result
 
 
 def _stopped_early(config, host) -> bool:
   patience = config.eval.early_stop_patience
   return bool(patience) and host["evaluations_since_best"] >= patience
-
-
-class _StopSignal:
-  """Remembers SIGTERM or Ctrl-C until the step at hand is done; a second one acts at once."""
-
-  def __init__(self):
-    self.requested, self.name = False, ""
-    self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-
-  def _handle(self, number, frame):
-    del frame
-    self.requested, self.name = True, signal.Signals(number).name
-    self.restore()
-
-  def restore(self):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)

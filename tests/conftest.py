@@ -50,7 +50,7 @@ def options(**keywords) -> dict:
 
 @pytest.fixture
 def refused(python):
-  """Runs a command that must fail as the house wants: exit code 2, one line of error, no traceback. Returns the line."""
+  """Runs a command that must end with exit code 2 and one line of error, without traceback. Returns the line."""
 
   def run(module, *arguments, **keywords):
     process = python(module, *arguments, **keywords)

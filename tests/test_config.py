@@ -27,7 +27,9 @@ CASES = [(name, argument) for name in CONFIGS for argument in ARGUMENTS[name]]
 @pytest.mark.parametrize("name,argument", CASES)
 def test_config_is_as_recorded(name, argument):
   text = config_lib.to_json(config_lib._load(str(ROOT / "configs" / name), argument))
-  golden = ROOT / "tests/golden" / f"{name[:-3]}{'.' if argument else ''}{argument.replace(',', '.').replace('=', '-')}.json"
+  golden = (
+    ROOT / "tests/golden" / f"{name[:-3]}{'.' if argument else ''}{argument.replace(',', '.').replace('=', '-')}.json"
+  )
   if os.environ.get("UPDATE_GOLDEN"):
     golden.parent.mkdir(exist_ok=True)
     golden.write_text(text)
@@ -72,13 +74,22 @@ def test_options_after_the_colon():
   "arguments,expected",
   [
     (["--config=configs/sequencer2d.py:digit"], "task 'digit' does not exist here; did you mean 'digits'?"),
-    (["--config=configs/sequencer2d.py:cifar10,variant=small"], "variant = 'small' does not exist here; did you mean 'small"),
-    (["--config=configs/sequencer2d.py:digits,varient=s"], "option 'varient' does not exist here; did you mean 'variant'?"),
+    (
+      ["--config=configs/sequencer2d.py:cifar10,variant=small"],
+      "variant = 'small' does not exist here; did you mean 'small",
+    ),
+    (
+      ["--config=configs/sequencer2d.py:digits,varient=s"],
+      "option 'varient' does not exist here; did you mean 'variant'?",
+    ),
     (["--config=configs/sequencer2d.py:digits,s"], "options are written name=value"),
     (["--config=configs/sequencer.py"], "did you mean 'configs/sequencer2d.py'"),
     (["--config=configs/sequencer2d.py:digits", "--config.optim.lerning_rate=1"], "did you mean optim.learning_rate"),
     (["--config=configs/sequencer2d.py:digits", "--config.learning_rate=1"], "did you mean optim.learning_rate"),
-    (["--config=configs/sequencer2d.py:digits", "--config.optim=1"], "--config.optim is a group; set one of its fields"),
+    (
+      ["--config=configs/sequencer2d.py:digits", "--config.optim=1"],
+      "--config.optim is a group; set one of its fields",
+    ),
     (["--config=configs/sequencer2d.py:digits", "--config.optim.learning_rate=fast"], "config.optim.learning_rate"),
     (["--config=configs/sequencer2d.py:digits", "--config.train.batch_size=1.5"], "config.train.batch_size"),
     (["--config=configs/sequencer2d.py:digits", "--wrkdir=x"], "wrkdir"),
@@ -94,7 +105,9 @@ def test_mistakes_are_refused_with_near_misses(arguments, expected, tmp_path):
     process = subprocess.run([sys.executable, "-m", "lra_jax.main", "--workdir", tmp_path / "run"], **options())
     assert process.returncode == 2 and "error: --config is missing; try" in process.stderr
     return
-  process = subprocess.run([sys.executable, "-m", "lra_jax.main", *arguments, "--workdir", tmp_path / "run"], **options())
+  process = subprocess.run(
+    [sys.executable, "-m", "lra_jax.main", *arguments, "--workdir", tmp_path / "run"], **options()
+  )
   assert process.returncode == 2, process.stdout
   (line,) = process.stderr.strip().splitlines()[-1:]
   assert line.startswith("error: ") and expected in line and "Traceback" not in process.stderr, process.stderr
@@ -102,17 +115,20 @@ def test_mistakes_are_refused_with_near_misses(arguments, expected, tmp_path):
 
 def test_overrides_reach_the_run(python, tmp_path):
   process = python("lra_jax.config", "configs/sequencer2d.py:digits", "--config.optim.learning_rate=0.5",
-                   "--config.augment.flip", "--config.augment.crop_scale=(0.5,1.0)", "--noconfig.optim.nesterov")  # fmt: skip
+                   "--config.augment.flip", "--config.augment.crop_scale=(0.5,1.0)",
+                   "--noconfig.optim.nesterov")  # fmt: skip
   config = json.loads(process.stdout)
   assert config["optim"]["learning_rate"] == 0.5 and config["augment"]["flip"] is True
   assert config["augment"]["crop_scale"] == [0.5, 1.0] and config["optim"]["nesterov"] is False
 
 
 def test_data_folder_is_not_part_of_a_runs_identity():
-  one, two = ('{"task": {"data_dir": "%s", "name": "%s"}}' % pair for pair in (("/a", "x"), ("/b", "x")))
+  one, two = (json.dumps({"task": {"data_dir": folder, "name": "x"}}) for folder in ("/a", "/b"))
   assert config_lib.differences(one, two) == []
   assert config_lib.differences(one, '{"task": {"name": "y"}}') == ["task.name: 'x' → 'y'"]
 
 
 def test_unknown_names_the_near_ones_first():
-  assert errors.unknown("model", "vit_ti61", ["vit_ti16", "lru"]).startswith("model 'vit_ti61' does not exist; did you mean 'vit_ti16'?")
+  assert errors.unknown("model", "vit_ti61", ["vit_ti16", "lru"]).startswith(
+    "model 'vit_ti61' does not exist; did you mean 'vit_ti16'?"
+  )

@@ -69,7 +69,9 @@ def test_only_weight_matrices_are_decayed():
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   mask = {jax.tree_util.keystr(path, simple=True, separator="/"): decayed
           for path, decayed in jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))}  # fmt: skip
-  assert mask["stages/0/1/lstm/w_ih"] and mask["stages/0/1/lstm/w_hh"] and mask["embeds/0/kernel"] and mask["head/kernel"]
+  assert (
+    mask["stages/0/1/lstm/w_ih"] and mask["stages/0/1/lstm/w_hh"] and mask["embeds/0/kernel"] and mask["head/kernel"]
+  )
   for name, decayed in mask.items():
     assert decayed == name.endswith(("kernel", "w_ih", "w_hh")), name
   assert not mask["position"] and not mask["stages/0/0/lstm/b_hh"] and not mask["norm/scale"]
@@ -135,7 +137,9 @@ def test_clipping_is_by_the_global_norm():
   config = settings(name="sgd", clip_norm=1.0, weight_decay=0.0, momentum=0.0, nesterov=False)
   optimizer = optim.make_optimizer(config, lambda step: 1.0)
   params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}
-  change, _ = optimizer.update({"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}, optimizer.init(params), params)
+  change, _ = optimizer.update(
+    {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}, optimizer.init(params), params
+  )
   np.testing.assert_allclose(np.concatenate([change["kernel"], change["bias"]]), [-0.6, 0, -0.8], rtol=1e-5)
 
 

@@ -18,7 +18,8 @@ from lra_jax.data import sources
 
 SMALL = ("--config.model.depths=(1,)", "--config.model.patch_sizes=(4,)", "--config.model.embed_dims=(64,)",
          "--config.model.hidden_sizes=(16,)", "--config.train.batch_size=128", "--config.optim.learning_rate=0.02",
-         "--config.train.steps=120", "--config.optim.schedule.warmup_epochs=0.1", "--config.train.cutmix=0.0", "--config.optim.ema_decay=0.0")  # fmt: skip
+         "--config.train.steps=120", "--config.optim.schedule.warmup_epochs=0.1", "--config.train.cutmix=0.0",
+         "--config.optim.ema_decay=0.0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

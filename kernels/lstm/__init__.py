@@ -69,7 +69,7 @@ def bilstm2d(
   unroll: int = 1,
   implementation: str | None = None,
 ) -> jax.Array:
-  """Bidirectional LSTMs along the columns and along the rows of an image: BiLSTM2D of Sequencer (Tatsunami & Taki 2022).
+  """Bidirectional LSTMs along columns and rows of an image: BiLSTM2D of Sequencer (Tatsunami & Taki 2022).
 
   The G = 4 directions are: down, up (along H, for every column), right, left (along W, for every row). Where H = W all
   four run in one loop.

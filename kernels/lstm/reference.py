@@ -1,4 +1,4 @@
-"""The plainest form of the recurrence: one direction after the other, one step after the other. The oracle of the tests."""
+"""The plainest form of the recurrence, one direction and one step after the other: the oracle of the tests."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,7 @@ def recurrence(z_BHWF: jax.Array, w_hh_GKF: jax.Array, directions: tuple[tuple[i
   """Hidden states of every direction; arguments and result as in `xla.recurrence` (`unroll` has no effect)."""
   del unroll
   outputs = []
-  for z, w_KF, (axis, reverse) in zip(
-    jnp.split(z_BHWF, len(directions), axis=-1), w_hh_GKF, directions, strict=True
-  ):
+  for z, w_KF, (axis, reverse) in zip(jnp.split(z_BHWF, len(directions), axis=-1), w_hh_GKF, directions, strict=True):
     z_TNF = jnp.moveaxis(z, axis, 0)
     h = c = jnp.zeros((*z_TNF.shape[1:3], w_KF.shape[0]), jnp.float32)
     states = [None] * len(z_TNF)

@@ -1,4 +1,4 @@
-"""Real shapes of the operation, shared by tests and benchmark: the stages of Sequencer2D-S at 224 px and of our presets."""
+"""Real shapes of the operation: the stages of Sequencer2D-S at 224 px and of our presets at 32 px."""
 
 from typing import NamedTuple
 

@@ -124,7 +124,7 @@ def mix(
     x_BHWC: normalised images.
     targets_BS: class probabilities.
     mixup: α of MixUp's Beta(α, α); 0 switches it off.
-    cutmix: α of CutMix's Beta(α, α); 0 switches it off. With both on, each example takes one or the other by a fair coin.
+    cutmix: α of CutMix's Beta(α, α); 0 switches it off. With both on, a fair coin decides for each example.
     probability: that an example is mixed at all.
 
   Returns:

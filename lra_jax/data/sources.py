@@ -24,8 +24,8 @@ class Split(NamedTuple):
 def digits(data_dir: str | None = None) -> dict[str, Split]:
   """1,797 handwritten digits scanned at 8 × 8 px (UCI optdigits), as scikit-learn ships them; no download.
 
-  The 17 grey levels 0 … 16 become 0 … 255. There is no official test split of these; every fifth example of every class,
-  in the order of the file, is taken for it, for all seeds alike.
+  The 17 grey levels 0 … 16 become 0 … 255. There is no official test split of these; every fifth example of every
+  class, in the order of the file, is taken for it, for all seeds alike.
 
   Args:
     data_dir: not used; the data are inside scikit-learn.
@@ -110,10 +110,9 @@ def _tfds(builder, splits):
       for url in builder.url_infos:  # TFDS itself tries for minutes where there is no network
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
       builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except Exception as error:  # TFDS and what it calls raise dozens of types; the user needs the first line of any
-      reason = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # TFDS and what it calls raise dozens of types
       raise errors.UserError(
-        f"{where}: not prepared, and preparing it failed ({type(error).__name__}: {reason}); run this once where there is "
+        f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
         f"network, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it; {TRY_DIGITS}"
       ) from error
   result = {}
@@ -124,9 +123,8 @@ def _tfds(builder, splits):
       inputs = np.stack([_decode(example["image"]) for example in examples])
       labels = np.array([example["label"] for example in examples], np.int32)
     except Exception as error:
-      reason = str(error).strip().split("\n")[0] or type(error).__name__
       raise errors.UserError(
-        f"{where}: split {split!r} cannot be read ({type(error).__name__}: {reason}); remove the folder so that it is "
+        f"{where}: split {split!r} cannot be read ({errors.first_line(error)}); remove the folder so that it is "
         f"prepared anew (as array_record); {TRY_DIGITS}"
       ) from error
     result[split] = Split(inputs, labels)

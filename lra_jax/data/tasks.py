@@ -83,8 +83,8 @@ def load(name: str, *, data_dir: str | None, validation_fraction: float, split_s
   train, validation = stratified_split(splits["train"].labels, validation_fraction, split_seed)
   if not len(train) or not len(validation):
     raise errors.UserError(
-      f"config.task.validation_fraction={validation_fraction} of {len(train) + len(validation)} training examples leaves "
-      f"{len(train)} for training and {len(validation)} for validation; take a value between 0.01 and 0.5"
+      f"config.task.validation_fraction={validation_fraction} of {len(train) + len(validation)} training examples "
+      f"leaves {len(train)} for training and {len(validation)} for validation; take a value between 0.01 and 0.5"
     )
   inputs, labels = splits["train"]
   return {

@@ -42,7 +42,8 @@ def load_torch(model: nnx.Module, weights: Mapping | str | pathlib.Path) -> None
     weights: a state dict (name → torch tensor or array), or the path of a safetensors file.
 
   Raises:
-    UserError: a tensor is missing, left over or of another shape, or the file cannot be read. The model is unchanged then.
+    UserError: a tensor is missing, left over or of another shape, or the file cannot be read. The model is unchanged
+      then.
   """
   layout = LAYOUTS[type(model)]
   tensors = {layout.rename(name): _to_numpy(value) for name, value in _read(weights).items()}
@@ -55,7 +56,8 @@ def load_torch(model: nnx.Module, weights: Mapping | str | pathlib.Path) -> None
     try:
       value = convert([tensors[name] for name in names])
     except ValueError as error:
-      raise errors.UserError(f"weights: {names[0]!r} has shape {tensors[names[0]].shape}, not what its place needs") from error
+      shape = tensors[names[0]].shape
+      raise errors.UserError(f"weights: {names[0]!r} has shape {shape}, not what its place needs") from error
     expected = parameters[path].shape
     if value.shape != expected:
       shape = tensors[names[0]].shape

@@ -14,8 +14,10 @@ from lra_jax import errors
 xavier_uniform = nnx.initializers.xavier_uniform()
 lecun_normal = nnx.initializers.lecun_normal()
 
-# Leaf names of weight matrices. Only these are decayed and re-initialised: no bias, norm, embedding or position.
-WEIGHTS = ("kernel", "w_ih", "w_hh")
+
+def is_weight(name: str) -> bool:
+  """Whether a parameter of that name is a weight matrix: decayed, unlike biases, norms, embeddings and positions."""
+  return name == "kernel" or name.startswith("w_")
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -35,7 +37,7 @@ def layer_norm(features: int, *, epsilon: float, dtype, rngs) -> nnx.LayerNorm:
 
 
 class PatchEmbed(nnx.Module):
-  """Convolution with equal kernel size and stride, written as one product; pixels beyond the last whole patch are cut."""
+  """Convolution with equal kernel size and stride as one product; pixels beyond the last whole patch are cut."""
 
   def __init__(self, in_channels: int, features: int, patch: int, *, dtype, rngs):
     self.patch = patch
@@ -69,9 +71,7 @@ class Mlp(nnx.Module):
 class Lstm(nnx.Module):
   """Parameters of G LSTM directions, all drawn from U(±1/√K) as in `torch.nn.LSTM`; see `kernels.lstm`."""
 
-  def __init__(
-    self, in_features: int, hidden: int, directions: int, *, unroll: int, implementation: str | None, rngs
-  ):
+  def __init__(self, in_features: int, hidden: int, directions: int, *, unroll: int, implementation: str | None, rngs):
     def uniform(*shape):
       return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -(hidden**-0.5), hidden**-0.5))
 

@@ -1,8 +1,8 @@
 """Sequencer2D and VanillaSequencer (Tatsunami & Taki 2022, arXiv 2205.01972).
 
-Facts not in the paper are those of its code (okojoalg/sequencer) and of timm: LayerNorm epsilon 1e-6, exact GELU, no norm
-after the stem or after downsampling, downsampling of later stages also where its patch is 1, zero head, stochastic depth
-linear over all blocks (timm's is constant; the official code's is linear).
+Facts not in the paper are those of its code (okojoalg/sequencer) and of timm: LayerNorm epsilon 1e-6, exact GELU, no
+norm after the stem or after downsampling, downsampling of later stages also where its patch is 1, zero head, stochastic
+depth linear over all blocks (as in the official code; timm's is constant).
 """
 
 import jax
@@ -138,7 +138,8 @@ class Sequencer(nnx.Module):
       )
     if not two_dimensional and any(2 * k != d for k, d in zip(hidden_sizes, embed_dims, strict=True)):
       raise errors.UserError(
-        f"config.model.hidden_sizes={tuple(hidden_sizes)}: VanillaSequencer needs half of embed_dims={tuple(embed_dims)}"
+        f"config.model.hidden_sizes={tuple(hidden_sizes)}: VanillaSequencer needs half of "
+        f"embed_dims={tuple(embed_dims)}"
       )
     rows, columns, channels = input_shape
     self.remat = remat
@@ -151,8 +152,8 @@ class Sequencer(nnx.Module):
     ):
       if patch > min(rows, columns):
         raise errors.UserError(
-          f"config.model.patch_sizes={tuple(patch_sizes)}: stage {stage + 1} gets {rows}×{columns} tokens of an image of "
-          f"{input_shape[0]}×{input_shape[1]} px, fewer than its patch; take smaller patches or another variant"
+          f"config.model.patch_sizes={tuple(patch_sizes)}: stage {stage + 1} gets {rows}×{columns} tokens of an image "
+          f"of {input_shape[0]}×{input_shape[1]} px, fewer than its patch; take smaller patches or another variant"
         )
       embeds.append(layers.PatchEmbed(channels, features, patch, dtype=self.dtype, rngs=rngs))
       rows, columns, channels = rows // patch, columns // patch, features

@@ -76,7 +76,9 @@ def test_evaluation_counts_every_example_once():
 def cifar_archive():
   """An archive in CIFAR-10's format: 5 × 40 training and 20 test images of noise, ten class names."""
   random = np.random.RandomState(0)
-  records = {f"data_batch_{i}.bin": _records(random, 40) for i in range(1, 6)} | {"test_batch.bin": _records(random, 20)}
+  records = {f"data_batch_{i}.bin": _records(random, 40) for i in range(1, 6)} | {
+    "test_batch.bin": _records(random, 20)
+  }
   names = "\n".join(tasks.get("cifar10").class_names) + "\n\n"
   buffer = io.BytesIO()
   with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -149,7 +151,7 @@ def test_truncated_cifar10_is_named(cifar_server, tmp_path):
   sources.cifar10(str(tmp_path))
   (file,) = tmp_path.glob("cifar10/*/cifar10-train.array_record*")
   os.truncate(file, file.stat().st_size // 2)
-  with pytest.raises(errors.UserError, match="split 'train' cannot be read.*remove the folder"):
+  with pytest.raises(errors.UserError, match=r"split 'train' cannot be read.*remove the folder"):
     sources.cifar10(str(tmp_path))
 
 

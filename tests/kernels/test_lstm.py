@@ -1,4 +1,4 @@
-"""kernels.lstm against NumPy in float64, written from the equations, and finite differences; torch is in tests/parity."""
+"""kernels.lstm against NumPy in float64, written from the equations, and its finite differences."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Parameter counts (published by timm, or derived from the layer shapes), initialisation, and behaviour of the Sequencers."""
+"""Parameter counts (published by timm, or derived from the layer shapes), initialisation, behaviour."""
 
 import functools
 

@@ -17,7 +17,7 @@ else:
 class _Stub(types.ModuleType):
   """Whatever is asked of it is an empty class."""
 
-  __path__ = []
+  __path__ = ()
 
   def __getattr__(self, name):
     if name.startswith("__"):

@@ -115,7 +115,9 @@ class TorchBlock(torch.nn.Module):
     super().__init__()
     self.norm1, self.norm2 = (torch.nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
     self.rnn_tokens = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(dim, hidden, batch_first=True, bidirectional=True)})
-    self.mlp_channels = torch.nn.ModuleDict({"fc1": torch.nn.Linear(dim, 3 * dim), "fc2": torch.nn.Linear(3 * dim, dim)})
+    self.mlp_channels = torch.nn.ModuleDict(
+      {"fc1": torch.nn.Linear(dim, 3 * dim), "fc2": torch.nn.Linear(3 * dim, dim)}
+    )
 
   def forward(self, x):  # B, H, W, C
     tokens = self.norm1(x).flatten(1, 2)

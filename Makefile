@@ -7,6 +7,7 @@
 # Any of these that is 3.12 or newer; PYTHON=... overrides.
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3 python,$(shell \
   $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
+comma := ,
 RUN := .venv/bin/python
 
 .PHONY: setup train test parity lint clean
@@ -15,7 +16,7 @@ train: setup
 	$(RUN) -m lra_jax.main --config configs/sequencer2d.py:digits --workdir runs/digits
 
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadgroup -q
+	$(RUN) -m pytest -n 2 -q
 
 setup: .venv/ready
 
@@ -28,17 +29,19 @@ lint: setup
 
 .venv/ready: setup.cfg
 	$(call environment,.venv,test)
+	touch $@
 
 .venv-parity/ready: setup.cfg
-	$(call environment,.venv-parity,$(shell printf 'test,parity'))
-	.venv-parity/bin/python -m pip install --quiet --no-deps timm
+	$(call environment,.venv-parity,test$(comma)parity)
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
 	touch $@
 
 define environment
-	@test -n "$(PYTHON)" || { echo "error: lra_jax needs Python 3.12 or newer; found $$(python3 --version 2>&1 || echo none). Install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	  echo "error: lra_jax needs Python 3.12 or newer, found $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1);" \
+	    "install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]"
-	touch $(1)/ready
 endef
 
 clean:

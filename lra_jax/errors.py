@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
-from absl import flags
+from absl import app, flags
 
 
 class UserError(Exception):
@@ -42,6 +42,7 @@ def parse_flags(argv: list[str], required: tuple[str, ...], positional: str | No
   Raises:
     UserError: an unknown or missing flag or argument, or a wrong value.
   """
+  app.define_help_flags()
   try:
     rest = flags.FLAGS(argv)[1:]
   except flags.Error as error:

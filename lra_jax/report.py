@@ -58,9 +58,14 @@ def curves(events: list[dict[str, Any]], title: str, path: pathlib.Path) -> None
       points = [(e["step"], e[f"{split}/{name}"]) for e in events if f"{split}/{name}" in e]
       if points:
         steps, values = np.array(points).T
-        axis.plot(steps, values, color=color, label=split, marker="o" if len(points) < 5 else None, linewidth=1.2)
+        window = max(1, len(points) // 50) if split == "train" else 1
+        if window > 1:
+          axis.plot(steps, values, color=color, alpha=0.2, linewidth=0.6)
+          values = np.convolve(values, np.ones(window) / window, "valid")
+          steps = steps[window - 1 :]
+        axis.plot(steps, values, color=color, label=split, marker="o" if len(points) < 5 else None, linewidth=1.4)
     axis.set_xlabel("step")
-    axis.set_title(name if name == "accuracy" else "loss (cross-entropy; training with its smoothing and mixing)")
+    axis.set_title("accuracy" if name == "accuracy" else "cross-entropy (training: as smoothed and mixed)", fontsize=10)
     axis.legend(frameon=False)
   figure.suptitle(title)
   figure.savefig(path)
@@ -124,9 +129,11 @@ def mistakes(
   plt = _pyplot()
   wrong = np.flatnonzero(labels != predictions)
   wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:most]
-  columns = 8
+  columns = min(8, max(len(wrong), 5))
   rows = max(1, -(-len(wrong) // columns))
-  figure, axes = plt.subplots(rows, columns, figsize=(9, 1.55 * rows + 0.4), layout="constrained", squeeze=False)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(9, 9 / columns * 1.25 * rows + 0.5), layout="constrained", squeeze=False
+  )
   for axis in axes.flat:
     axis.axis("off")
   for axis, index in zip(axes.flat, wrong, strict=False):

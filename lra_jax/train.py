@@ -137,7 +137,7 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
       state["params"], state["model_state"], x_BHWC, targets_BS, key_of(number, DROPOUT)
     )
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    rate = schedule(number)
+    rate = jnp.asarray(schedule(number), jnp.float32)
     if "plateau" in state:
       rate = rate * state["plateau"].scale
       updates = jax.tree.map(lambda u: u * state["plateau"].scale, updates)
@@ -242,14 +242,8 @@ def _train_and_test(config, workdir, stop, started):
 
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-  host = {
-    "seed": config.seed,
-    "best_step": None,
-    "best_accuracy": -1.0,
-    "best_loss": math.inf,
-    "evaluations_since_best": 0,
-    "seconds": 0.0,
-  }
+  host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "best_loss": math.inf}
+  host |= {"evaluations_since_best": 0, "seconds": 0.0, "eval_seconds": 0.0}  # of the loop, over all starts of the run
   restored = checkpoints.restore_newest(state, print)
   if restored is not None:
     state, host = restored.state, restored.host
@@ -278,7 +272,7 @@ def _train_and_test(config, workdir, stop, started):
   writer = metrics.Writer(workdir, first)
   progress = metrics.Progress(plan.steps, first, plan.batch_size)
   loop_start = last_saved = time.perf_counter()
-  seconds_before, eval_seconds = host["seconds"], 0.0
+  seconds_before = host["seconds"]
 
   def weights_of(state):
     return state.get("ema") or {"params": state["params"], "model_state": state["model_state"]}
@@ -321,7 +315,7 @@ def _train_and_test(config, workdir, stop, started):
         pending = None
         eval_start = time.perf_counter()
         values, _, _ = evaluate(eval_call, weights_of(state), data["validation"], config.eval.batch_size, mesh.size)
-        eval_seconds += time.perf_counter() - eval_start
+        host["eval_seconds"] += time.perf_counter() - eval_start
         writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
         progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
         score = values["accuracy"], -values["loss"]  # small validation splits tie often; the lower loss decides
@@ -365,7 +359,6 @@ def _train_and_test(config, workdir, stop, started):
     writer.close()
     checkpoints.close()
 
-  seconds = time.perf_counter() - loop_start
   stats = mesh.devices.flat[0].memory_stats() or {}
   result = {
     "model": config.model.name,
@@ -376,10 +369,8 @@ def _train_and_test(config, workdir, stop, started):
     "test_accuracy": test["accuracy"],
     "test_loss": test["loss"],
     "steps": step,
-    "seconds": round(seconds_before + seconds, 3),
-    "images_per_second": round((step - first) * plan.batch_size / (seconds - eval_seconds), 1)
-    if step > first
-    else None,
+    "seconds": round(host["seconds"], 3),
+    "images_per_second": round(step * plan.batch_size / (host["seconds"] - host["eval_seconds"]), 1),
     "compile_seconds": round(compile_seconds, 3),
     "total_seconds": round(time.perf_counter() - started, 3),
     "peak_memory_bytes": stats.get("peak_bytes_in_use", memory),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, command, options
+from conftest import command, options
 
 from configs import sequencer2d
 from lra_jax import flops, runs, train
@@ -66,7 +66,6 @@ def test_metrics_and_tensorboard_events_agree(finished):
   assert [e["step"] for e in events if "train/loss" in e] == list(range(1, 25))
   assert [e["step"] for e in events if "validation/accuracy" in e] == [8, 16, 24]
   from tensorboardX.proto import event_pb2
-  from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the format below is its)
 
   found = {}
   for file in workdir.glob("events.out.tfevents.*"):
@@ -304,6 +303,3 @@ def test_tasks_are_what_the_trainer_believes():
   for name, task in tasks.REGISTRY.items():
     assert task.name == name and len(task.mean) == len(task.std) == task.input_shape[2]
     assert len(set(task.class_names)) == len(task.class_names) == 10
-
-
-assert TINY  # used by `command`

@@ -70,26 +70,19 @@ class Plan:
 def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransformation]:
   """Returns the model's graph definition, the training state at step 0, and the optimizer."""
   optimizer = optim.make_optimizer(config.optim, schedule)
-  graphdefs = []
+  # Not under jit: compiling every parameter's draw into one program takes far longer than one small program per shape.
+  graphdef, params, rest = nnx.split(runs.create_model(config, task), nnx.Param, ...)
 
-  def init():
-    graphdef, params, rest = nnx.split(runs.create_model(config, task), nnx.Param, ...)
-    graphdefs.append(graphdef)
-    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-    state = {
-      "step": jnp.zeros((), jnp.int32),
-      "params": params,
-      "model_state": rest,
-      "opt_state": optimizer.init(params),
-    }
+  def complete(params, rest):
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "model_state": rest}
+    state["opt_state"] = optimizer.init(params)
     if config.optim.ema_decay:
       state["ema"] = {"params": jax.tree.map(jnp.copy, params), "model_state": jax.tree.map(jnp.copy, rest)}
     if config.optim.schedule.name == "plateau":
       state["plateau"] = optim.make_plateau(config.optim).init(params)
     return state
 
-  state = jax.jit(init)()  # one compiled program instead of one per parameter
-  return graphdefs[0], state, optimizer
+  return graphdef, jax.jit(complete)(nnx.to_pure_dict(params), nnx.to_pure_dict(rest)), optimizer
 
 
 def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh):

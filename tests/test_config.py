@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, options
+from commands import ROOT, options
 
 from configs import common
 from lra_jax import config as config_lib

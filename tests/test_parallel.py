@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from conftest import options
+from commands import options
 
 from lra_jax import errors, parallel
 

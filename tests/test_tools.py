@@ -10,7 +10,7 @@ import venv
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, options
+from commands import ROOT, command, options
 from PIL import Image
 
 from lra_jax import errors, predict

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, options
+from commands import command, options
 
 from configs import sequencer2d
 from lra_jax import flops, runs, train

@@ -167,6 +167,6 @@ def test_real_cifar10():
   assert np.bincount(splits["train"].labels).tolist() == [5000] * 10
   assert np.bincount(splits["test"].labels).tolist() == [1000] * 10
   task = tasks.get("cifar10")
-  pixels = splits["train"].inputs.reshape(-1, 3) / np.float32(255)
-  np.testing.assert_allclose(pixels.mean(0), task.mean, atol=1e-4)
-  np.testing.assert_allclose(pixels.std(0), task.std, atol=1e-4)
+  pixels = splits["train"].inputs.reshape(-1, 3)
+  np.testing.assert_allclose(pixels.mean(0, dtype=np.float64) / 255, task.mean, atol=1e-4)
+  np.testing.assert_allclose(pixels.std(0, dtype=np.float64) / 255, task.std, atol=1e-4)

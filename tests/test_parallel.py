@@ -27,7 +27,7 @@ if sys.argv[1] == "kept":
 step = jax.jit(lambda x: (jnp.sin(x @ x) @ x @ x).sum())  # two temporary arrays of 36 MB
 x = jnp.ones((3000, 3000))
 faults = []
-for _ in range(8):
+for _ in range(14):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   step(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -41,8 +41,8 @@ def test_kept_memory_is_not_faulted_in_again():
   for mode in ("kept", "plain"):
     process = subprocess.run([sys.executable, "-c", FAULTS, mode], **options())
     assert process.returncode == 0, process.stderr
-    faults[mode] = sorted(json.loads(process.stdout))[3]  # the median: a growing heap may fault once or twice
-  assert faults["kept"] < 200 < 5000 < faults["plain"], faults
+    faults[mode] = sum(json.loads(process.stdout)[1:])  # a heap that still grows may fault a few times more
+  assert faults["kept"] < faults["plain"] / 2 and faults["plain"] > 50_000, faults
 
 
 def test_bench_prints_what_it_measured(python):

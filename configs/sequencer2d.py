@@ -34,7 +34,7 @@ def build(family, argument, variants, defaults):
   c.optim.weight_decay = 0.05
   if task == "digits":
     c.train.batch_size = 64
-    c.train.epochs = 45.0
+    c.train.epochs = 60.0
     c.train.label_smoothing = 0.1
     c.train.cutmix = 1.0
     c.train.mix_probability = 0.5

@@ -35,7 +35,7 @@ SEQUENCER2D = {
     hidden_sizes=(24, 48, 48, 48),
   ),
   "sequencer2d_digits": dict(
-    depths=(2, 2), drop_path=0.0, patch_sizes=(1, 2), embed_dims=(48, 96), hidden_sizes=(12, 24)
+    depths=(2, 2), drop_path=0.0, patch_sizes=(2, 1), embed_dims=(48, 96), hidden_sizes=(12, 24)
   ),
 }
 

@@ -44,6 +44,80 @@ def _check(what, name, known):
     raise ValueError(f"{what} {name!r} does not exist here; {meant}known: {', '.join(known)}")
 
 
+# Every view of the data sets that issue from CIFAR-10 and from scikit-learn's digits; see lra_jax/data/tasks.py.
+IMAGE_TASKS = ("cifar10", "digits")
+SEQUENCE_TASKS = (
+  "cifar10_sequence", "cifar10_permuted", "lra_image", "lra_image_real", "digits_sequence", "digits_permuted",
+  "digits_tokens",
+)  # fmt: skip
+
+
+def start(
+  argument: str | None, tasks: tuple[str, ...], variants: dict[str, str], *, digits: str, **fields: type
+) -> tuple[ConfigDict, str]:
+  """A config with all fields at their defaults, and the rest of what most configs begin with.
+
+  Args:
+    argument: what follows the colon: task and `variant=`.
+    tasks: that the models can read, default first.
+    variants: value of the option `variant` → name of the model, default first.
+    digits: the variant that is default on the digits tasks.
+    **fields: of `config.model`, with their types; None until overridden: the preset holds.
+
+  Returns:
+    The config and the name of its task.
+
+  Raises:
+    ValueError: a task, option or value that there is not.
+  """
+  task, options = parse(argument, tasks, variant=tuple(variants))
+  variant = options["variant"] or (digits if task.startswith("digits") else next(iter(variants)))
+  c = base(variants[variant], task)
+  for name, kind in fields.items():
+    c.model[name] = optional(kind)
+  if "patch_size" in fields and task in SEQUENCE_TASKS:
+    c.model.patch_size = 1
+  if task.startswith("digits"):
+    digits_recipe(c)
+  elif task in SEQUENCE_TASKS:
+    c.eval.batch_size = 250  # divides 5,000 and 10,000; long sequences need memory
+  else:
+    c.eval.batch_size = 1000
+  return c, task
+
+
+def digits_recipe(c: ConfigDict) -> None:
+  """Ours, for scikit-learn's digits, where nothing is published: what trains most models to 98 % in a minute or two."""
+  c.train.batch_size = 64
+  c.train.epochs = 60.0
+  c.train.label_smoothing = 0.1
+  c.train.cutmix = 1.0
+  c.train.mix_probability = 0.5
+  c.augment.crop_pad = 1
+  c.optim.learning_rate = 2e-3
+  c.optim.weight_decay = 0.05
+  c.optim.schedule.warmup_epochs = 2.0
+  c.optim.ema_decay = 0.99
+  c.eval.every_epochs = 2.0
+
+
+def small_image_recipe(c: ConfigDict) -> None:
+  """Ours, for CIFAR-10 as image where the paper has none: AdamW, cosine, flip and shifts, MixUp, CutMix, erasing."""
+  c.train.batch_size = 256
+  c.train.epochs = 200.0
+  c.train.label_smoothing = 0.1
+  c.train.mixup = 0.8
+  c.train.cutmix = 1.0
+  c.augment.crop_pad = 4
+  c.augment.flip = True
+  c.augment.erase_probability = 0.25
+  c.optim.learning_rate = 1e-3
+  c.optim.weight_decay = 0.05
+  c.optim.schedule.warmup_epochs = 10.0
+  c.optim.schedule.cooldown_epochs = 5.0
+  c.optim.ema_decay = 0.9998
+
+
 def base(model: str, task: str) -> ConfigDict:
   """All fields with their defaults; a config overrides what its recipe says."""
   c = ConfigDict()
@@ -58,7 +132,7 @@ def base(model: str, task: str) -> ConfigDict:
   c.task = ConfigDict()
   c.task.name = task
   c.task.data_dir = ""  # TFDS folder; "" for $TFDS_DATA_DIR or ~/tensorflow_datasets. Not part of a run's identity
-  c.task.validation_fraction = 0.1  # share of the training examples, by class
+  c.task.validation_fraction = 0.1  # share of the training examples, by class or, in LRA Image, the last ones
   c.task.split_seed = 0  # which examples these are; apart from `seed`, so that seeds can be compared
 
   c.train = ConfigDict()
@@ -84,6 +158,7 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.name = "adamw"  # or "adam", "sgd", "lion"
   c.optim.learning_rate = 1e-3  # its peak
   c.optim.weight_decay = 0.05  # of weight matrices; not of biases, norms, embeddings
+  c.optim.recurrence_rate = 1.0  # factor on the rate of linear recurrences' eigenvalues and steps (S5, LRU)
   c.optim.b1 = 0.9
   c.optim.b2 = 0.999
   c.optim.eps = 1e-8
@@ -93,7 +168,7 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0 for off
 
   c.optim.schedule = ConfigDict()
-  c.optim.schedule.name = "cosine"  # or "one_cycle", "piecewise", "plateau", "constant"
+  c.optim.schedule.name = "cosine"  # or "one_cycle", "piecewise", "linear", "plateau", "constant"
   c.optim.schedule.warmup_epochs = 0.0  # linear, from warmup_rate to the peak
   c.optim.schedule.warmup_rate = 1e-6
   c.optim.schedule.cooldown_epochs = 0.0  # at final_rate, at the end of cosine
@@ -105,6 +180,8 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.schedule.end_divisor = 1e4  # one_cycle: peak / last rate
   c.optim.schedule.boundaries_epochs = ()  # piecewise: where the rate is multiplied by `factor`
   c.optim.schedule.factor = 0.1  # piecewise and plateau
+  c.optim.schedule.shares = (0.0, 1.0)  # linear: corners, as shares of the training, from 0 to 1
+  c.optim.schedule.factors = (1.0, 0.0)  # linear: rate / peak at the corners
   c.optim.schedule.patience = 5  # plateau: evaluations without a lower validation loss before the rate falls
 
   c.eval = ConfigDict()

@@ -40,7 +40,7 @@ def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.
   position = next((i for i, a in enumerate(argv) if a.startswith((f"--{flag}=", f"-{flag}="))), None)
   if position is not None:
     path, colon, argument = argv[position].partition("=")[2].partition(":")
-    path = _find(path)
+    path = find(path)
     argv[position] = f"--{flag}={path}{colon}{argument}"
     config = _load(path, argument)
     _check_overrides(argv, flag, config)
@@ -57,15 +57,27 @@ def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.
   return flags.FLAGS[flag].value
 
 
-def _find(path: str) -> str:
+def find(path: str) -> str:
+  """The config file of that path, or of that name among the configs installed with the package.
+
+  Raises:
+    UserError: there is none; near misses are named.
+  """
   if pathlib.Path(path).is_file():
     return path
+  if pathlib.Path(path).parent.name in ("configs", "") and (_installed() / pathlib.Path(path).name).is_file():
+    return str(_installed() / pathlib.Path(path).name)
+  raise errors.UserError(errors.unknown("config file", path, all_files()))
+
+
+def all_files() -> list[str]:
+  """Every config of the package, as "configs/vit.py", sorted."""
+  return sorted(f"configs/{p.name}" for p in _installed().glob("*.py") if p.stem not in ("common", "__init__"))
+
+
+def _installed() -> pathlib.Path:
   spec = importlib.util.find_spec("configs")
-  installed = pathlib.Path(spec.submodule_search_locations[0]) if spec else pathlib.Path("configs")
-  if pathlib.Path(path).parent.name in ("configs", "") and (installed / pathlib.Path(path).name).is_file():
-    return str(installed / pathlib.Path(path).name)
-  known = [f"configs/{p.name}" for p in installed.glob("*.py") if p.stem not in ("common", "__init__")]
-  raise errors.UserError(errors.unknown("config file", path, known))
+  return pathlib.Path(spec.submodule_search_locations[0]) if spec else pathlib.Path("configs")
 
 
 def _load(path: str, argument: str) -> ml_collections.ConfigDict:

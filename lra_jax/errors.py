@@ -31,13 +31,16 @@ def first_line(error: Exception) -> str:
   return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def parse_flags(argv: list[str], required: tuple[str, ...], positional: str | None = None) -> list[str]:
+def parse_flags(
+  argv: list[str], required: tuple[str, ...], positional: str | None = None, optional: bool = False
+) -> list[str]:
   """Parses the command line of a tool; returns what stands there besides flags.
 
   Args:
     argv: as `sys.argv`.
     required: flags that must be given.
     positional: what the arguments besides flags are, at least one; None where there are none.
+    optional: whether there may be none of them.
 
   Raises:
     UserError: an unknown or missing flag or argument, or a wrong value.
@@ -50,9 +53,9 @@ def parse_flags(argv: list[str], required: tuple[str, ...], positional: str | No
   for name in required:
     if flags.FLAGS[name].value is None:
       raise UserError(f"--{name} is missing: {flags.FLAGS[name].help}")
-  if positional and not rest:
+  if positional and not rest and not optional:
     raise UserError(f"no {positional} given")
-  if rest and not positional:
+  if rest and positional is None:
     raise UserError(f"argument {rest[0]!r} is not understood; flags start with --")
   return rest
 

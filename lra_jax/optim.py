@@ -12,7 +12,7 @@ from lra_jax import errors
 from lra_jax.models import layers
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
-SCHEDULES = ("cosine", "one_cycle", "piecewise", "plateau", "constant")
+SCHEDULES = ("cosine", "one_cycle", "piecewise", "linear", "plateau", "constant")
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -56,6 +56,18 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
       parts.append(optax.cosine_decay_schedule(cycle_peak, length, min(schedule.final_rate / cycle_peak, 1.0)))
       starts.append(end)
     return optax.join_schedules([*parts, optax.constant_schedule(schedule.final_rate)], starts)
+  if schedule.name == "linear":  # brings its own warm-up
+    shares, factors = tuple(schedule.shares), tuple(schedule.factors)
+    if (
+      len(shares) != len(factors)
+      or len(shares) < 2
+      or list(shares) != sorted(shares)
+      or (shares[0], shares[-1]) != (0, 1)
+    ):
+      raise errors.UserError(
+        f"config.optim.schedule: shares={shares} must ascend from 0 to 1, with one of factors={factors} for each"
+      )
+    return lambda step: peak * jnp.interp(step / steps, jnp.asarray(shares), jnp.asarray(factors))
   if schedule.name == "piecewise":
     boundaries = {round(epoch * steps_per_epoch) - warmup: schedule.factor for epoch in schedule.boundaries_epochs}
     return optax.join_schedules([warm, optax.piecewise_constant_schedule(peak, boundaries)], [warmup])
@@ -73,6 +85,11 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: layers.is_weight(path[-1].key), params)
 
 
+def recurrence_mask(params: Any) -> Any:
+  """True for the eigenvalues and step sizes of linear recurrences; same tree as `params`."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in layers.RECURRENCE, params)
+
+
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
   """The optimizer of `config.optim`, gradient clipping by global norm first.
 
@@ -83,6 +100,8 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   """
   if config.name not in OPTIMIZERS:
     raise errors.UserError(errors.unknown("config.optim.name:", config.name, OPTIMIZERS))
+  if config.recurrence_rate < 0:
+    raise errors.UserError(f"config.optim.recurrence_rate={config.recurrence_rate} must not be negative")
   decoupled = dict(weight_decay=config.weight_decay, mask=decay_mask)
   coupled = optax.add_decayed_weights(**decoupled)
   optimizer = {
@@ -91,6 +110,9 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
     "sgd": lambda: optax.chain(coupled, optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov)),
     "lion": lambda: optax.lion(schedule, b1=config.b1, b2=config.b2, **decoupled),
   }[config.name]()
+  if config.recurrence_rate != 1:
+    slower = optax.masked(optax.scale(config.recurrence_rate), recurrence_mask)
+    optimizer = optax.chain(optimizer, slower)  # Adam's update is proportional to the rate, and these are not decayed
   if not config.clip_norm:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -72,6 +72,38 @@ def curves(events: list[dict[str, Any]], title: str, path: pathlib.Path) -> None
   plt.close(figure)
 
 
+def compare(runs: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+  """Training loss, validation loss and validation accuracy of several runs in one picture.
+
+  Args:
+    runs: name → its events, of `metrics.read`.
+    path: of the PNG file to write.
+  """
+  plt = _pyplot()
+  figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+  styles = ["-", "--", ":"]
+  for axis, field, title in zip(
+    axes,
+    ("train/loss", "validation/loss", "validation/accuracy"),
+    ("training loss (as smoothed and mixed)", "validation loss", "validation accuracy"),
+    strict=True,
+  ):
+    for index, (name, events) in enumerate(runs.items()):
+      points = np.array([(e["step"], e[field]) for e in events if field in e])
+      if not len(points):
+        continue
+      steps, values = points.T
+      window = max(1, len(points) // 40) if field == "train/loss" else 1
+      values = np.convolve(values, np.ones(window) / window, "valid")
+      style = dict(color=f"C{index % 10}", linestyle=styles[index // 10 % 3], linewidth=1.2)
+      axis.plot(steps[window - 1 :], values, label=name, **style)
+    axis.set_xlabel("step")
+    axis.set_title(title, fontsize=10)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+  figure.savefig(path)
+  plt.close(figure)
+
+
 def confusion(
   labels: np.ndarray, predictions: np.ndarray, names: tuple[str, ...], title: str, path: pathlib.Path
 ) -> None:

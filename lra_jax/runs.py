@@ -117,6 +117,7 @@ def create_model(config: ml_collections.ConfigDict, task: tasks.Task) -> nnx.Mod
   return models.create(
     config.model.name,
     input_shape=task.input_shape,
+    vocab_size=task.vocab_size,
     num_classes=len(task.class_names),
     rngs=nnx.Rngs(config.seed),
     **overrides,

@@ -94,15 +94,15 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
   def key_of(step, purpose):
     return jax.random.fold_in(jax.random.fold_in(root, purpose), step)
 
-  def loss_fn(params, model_state, x_BHWC, targets_BS, key):
+  def loss_fn(params, model_state, inputs, targets_BS, key):
     model = nnx.merge(graphdef, params, model_state)
-    logits_BS = model(x_BHWC, train=True, rngs=nnx.Rngs(dropout=key))
+    logits_BS = model(inputs, train=True, rngs=nnx.Rngs(dropout=key))
     loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
     accuracy = (logits_BS.argmax(-1) == targets_BS.argmax(-1)).mean()
     _, _, model_state = nnx.split(model, nnx.Param, ...)
     return loss, (accuracy, nnx.to_pure_dict(model_state))
 
-  def gradients(params, model_state, x_BHWC, targets_BS, key):
+  def gradients(params, model_state, inputs, targets_BS, key):
     """Mean gradient over the batch, taken in `parts` parts; every part has examples of every device."""
 
     def one(carry, part):
@@ -112,7 +112,7 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
       (loss, (accuracy, model_state)), grads = grad_fn(params, model_state, x, targets, jax.random.fold_in(key, index))
       return (jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), model_state), None
 
-    split = [jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for a in (x_BHWC, targets_BS)]
+    split = [jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for a in (inputs, targets_BS)]
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
     unroll = parts if mesh.devices.flat[0].platform == "cpu" else 1  # no convolution in a loop there
     (sums, model_state), _ = jax.lax.scan(one, (zeros, model_state), (*split, jnp.arange(parts)), unroll=unroll)
@@ -121,13 +121,14 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
   def step(data, state, indices_B):
     number = state["step"]
     x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], batch_sharding)
-    x_BHWC = augment.augment(key_of(number, AUGMENT), x_BHWC, config.augment, task.mean, task.std)
+    x_BHWC = augment.augment(key_of(number, AUGMENT), x_BHWC, config.augment, task)
     targets_BS = optax.smooth_labels(jax.nn.one_hot(data.labels[indices_B], classes), config.train.label_smoothing)
     mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability
     x_BHWC, targets_BS = augment.mix(key_of(number, MIX), x_BHWC, targets_BS, *mixing)
+    inputs = augment.view(x_BHWC, task)
 
     grads, loss, accuracy, model_state = gradients(
-      state["params"], state["model_state"], x_BHWC, targets_BS, key_of(number, DROPOUT)
+      state["params"], state["model_state"], inputs, targets_BS, key_of(number, DROPOUT)
     )
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     rate = jnp.asarray(schedule(number), jnp.float32)
@@ -160,7 +161,7 @@ def make_eval_call(task, graphdef, mesh):
   def call(weights, data, indices_B, mask_B):
     model = nnx.merge(graphdef, weights["params"], weights["model_state"])
     x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], parallel.sharded(mesh))
-    logits_BS = model(augment.normalize(x_BHWC, task.mean, task.std))
+    logits_BS = model(augment.prepare(x_BHWC, task))
     labels_B = data.labels[indices_B]
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
     totals = metrics.EvalMetrics.single_from_model_output(

@@ -301,5 +301,5 @@ def test_flops_count_loops_as_often_as_they_run():
 
 def test_tasks_are_what_the_trainer_believes():
   for name, task in tasks.REGISTRY.items():
-    assert task.name == name and len(task.mean) == len(task.std) == task.input_shape[2]
+    assert task.name == name and len(task.mean) == len(task.std) == task.image_shape[2]
     assert len(set(task.class_names)) == len(task.class_names) == 10

@@ -9,10 +9,34 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from lra_jax import errors
+from lra_jax.data import tasks
+
 
 def normalize(x_BHWC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
   """(x − mean) / std per channel, of uint8 pixels as 0 … 1; float32."""
   return (x_BHWC.astype(jnp.float32) / 255 - _channels(mean, 4)) / _channels(std, 4)
+
+
+def view(x_BHWC: jax.Array, task: tasks.Task) -> jax.Array:
+  """Normalised images as the task's model gets them; see `tasks.Task.view`.
+
+  Returns:
+    (B, H, W, C) or (B, L, C) float32, or (B, L) int32.
+  """
+  if task.view == "image":
+    return x_BHWC
+  x_BLC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
+  if task.permutation is not None:
+    x_BLC = x_BLC[:, task.permutation]
+  if task.view == "tokens":
+    return jnp.clip(jnp.round(x_BLC[..., 0]), 0, task.vocab_size - 1).astype(jnp.int32)
+  return x_BLC
+
+
+def prepare(x_BHWC: jax.Array, task: tasks.Task) -> jax.Array:
+  """uint8 images as the task's model gets them, without augmentation."""
+  return view(normalize(x_BHWC, task.mean, task.std), task)
 
 
 def _channels(values, ndim):
@@ -82,20 +106,26 @@ def random_erasing(
   return jnp.where(inside[:, :, None], fill, x_HWC)
 
 
-def augment(
-  key: jax.Array, x_BHWC: jax.Array, config: ml_collections.ConfigDict, mean: tuple[float, ...], std: tuple[float, ...]
-) -> jax.Array:
+def augment(key: jax.Array, x_BHWC: jax.Array, config: ml_collections.ConfigDict, task: tasks.Task) -> jax.Array:
   """Augments and normalises a batch.
 
   Args:
     key: of this step; every example gets its own.
     x_BHWC: uint8.
     config: `config.augment`.
-    mean, std: of the task.
+    task: its mean and deviation.
 
   Returns:
-    (B, H, W, C) float32.
+    (B, H, W, C) float32, whatever the task's view.
+
+  Raises:
+    UserError: normal noise is to be pasted into integer tokens.
   """
+  if config.erase_probability and config.erase_mode == "pixel" and task.view == "tokens":
+    raise errors.UserError(
+      f"config.augment.erase_mode='pixel' pastes normal noise, which integer tokens ({task.name}) cannot hold; "
+      "take 'constant'"
+    )
 
   def one(key, x):
     keys = jax.random.split(key, 4)
@@ -106,7 +136,7 @@ def augment(
       x = random_resized_crop(keys[1], x, tuple(config.crop_scale), tuple(config.crop_ratio))
     if config.flip:
       x = random_flip(keys[2], x)
-    x = (x - _channels(mean, 3)) / _channels(std, 3)
+    x = (x - _channels(task.mean, 3)) / _channels(task.std, 3)
     if config.erase_probability:
       x = random_erasing(keys[3], x, config.erase_probability, config.erase_mode)
     return x

@@ -62,6 +62,20 @@ def cifar10(data_dir: str | None = None) -> dict[str, Split]:
   return _tfds(_cifar10_builder(_tfds_dir(data_dir)), ("train", "test"))
 
 
+def cifar10_grey(data_dir: str | None = None) -> dict[str, Split]:
+  """CIFAR-10 in 256 grey levels, images (N, 32, 32, 1), as the Long Range Arena makes them; else as `cifar10`."""
+  return {name: Split(grey(inputs), labels) for name, (inputs, labels) in cifar10(data_dir).items()}
+
+
+def grey(x_NHWC: np.ndarray) -> np.ndarray:
+  """(…, 3) uint8 to (…, 1) uint8 luma (ITU-R BT.601), with the weights and the rounding of `tf.image.rgb_to_grayscale`.
+
+  TensorFlow takes the weighted mean of x / 255 in float32, multiplies by 255.5 and cuts the fraction off.
+  """
+  luma = (x_NHWC.astype(np.float32) / np.float32(255)) @ np.array([0.2989, 0.5870, 0.1140], np.float32)
+  return np.minimum(luma * np.float32(255.5), 255).astype(np.uint8)[..., None]
+
+
 def _tfds_dir(data_dir):
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   return pathlib.Path(data_dir or default).expanduser()

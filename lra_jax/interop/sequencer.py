@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from lra_jax.interop.layout import Entries
+
 
 def rename(name: str) -> str:
   """The authors' names as timm's; timm's unchanged."""
@@ -12,45 +14,37 @@ def rename(name: str) -> str:
   return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
 
 
-def entries(model):
-  """Our parameter path → (tensor names, conversion); see `interop.Layout`."""
-  result = {}
-
-  def add(path, names, convert):
-    result[path] = (names, convert)
-
-  def dense(path, name):
-    add((*path, "kernel"), [f"{name}.weight"], lambda ts: ts[0].T)
-    add((*path, "bias"), [f"{name}.bias"], lambda ts: ts[0])
-
-  def norm(path, name):
-    add((*path, "scale"), [f"{name}.weight"], lambda ts: ts[0])
-    add((*path, "bias"), [f"{name}.bias"], lambda ts: ts[0])
-
+def entries(model) -> Entries:
+  """Layout of `sequencer.Sequencer`."""
+  e = Entries()
   if model.position is not None:
-    add(("position",), ["absolute_pos_embed"], lambda ts: ts[0][0])
+    e.add(("position",), ["absolute_pos_embed"], lambda ts: ts[0][0], lambda a: [a[None]])
   for i, blocks in enumerate(model.stages):
-    embed = f"stages.{i}.downsample.down" if i else "stem.proj"
-    add(("embeds", i, "kernel"), [f"{embed}.weight"], lambda ts: ts[0].transpose(2, 3, 1, 0))
-    add(("embeds", i, "bias"), [f"{embed}.bias"], lambda ts: ts[0])
+    e.conv(("embeds", i), f"stages.{i}.downsample.down" if i else "stem.proj")
     for j, block in enumerate(blocks):
       path, name = ("stages", i, j), f"stages.{i}.blocks.{j}"
-      norm((*path, "norm1"), f"{name}.norm1")
-      norm((*path, "norm2"), f"{name}.norm2")
-      dense((*path, "mlp", "fc1"), f"{name}.mlp_channels.fc1")
-      dense((*path, "mlp", "fc2"), f"{name}.mlp_channels.fc2")
+      e.norm((*path, "norm1"), f"{name}.norm1")
+      e.norm((*path, "norm2"), f"{name}.norm2")
+      e.dense((*path, "mlp", "fc1"), f"{name}.mlp_channels.fc1")
+      e.dense((*path, "mlp", "fc2"), f"{name}.mlp_channels.fc2")
       cells = ["rnn"]
       if block.fc is not None:
         cells = ["rnn_v", "rnn_h"]
-        dense((*path, "fc"), f"{name}.rnn_tokens.fc")
-      for ours, theirs, convert in (
-        ("w_ih", "weight_ih", lambda ts: np.stack(ts).transpose(2, 0, 1)),
-        ("w_hh", "weight_hh", lambda ts: np.stack(ts).transpose(0, 2, 1)),
-        ("b_ih", "bias_ih", np.stack),
-        ("b_hh", "bias_hh", np.stack),
+        e.dense((*path, "fc"), f"{name}.rnn_tokens.fc")
+      for ours, theirs, axes in (
+        ("w_ih", "weight_ih", (2, 0, 1)),
+        ("w_hh", "weight_hh", (0, 2, 1)),
+        ("b_ih", "bias_ih", (0, 1)),
+        ("b_hh", "bias_hh", (0, 1)),
       ):
         names = [f"{name}.rnn_tokens.{cell}.{theirs}_l0{way}" for cell in cells for way in ("", "_reverse")]
-        add((*path, "lstm", ours), names, convert)
-  norm(("norm",), "norm")
-  dense(("head",), "head.fc")
-  return result
+        back = tuple(np.argsort(axes))
+        e.add(
+          (*path, "lstm", ours),
+          names,
+          lambda ts, axes=axes: np.stack(ts).transpose(axes),
+          lambda a, back=back: list(a.transpose(back)),
+        )
+  e.norm(("norm",), "norm")
+  e.dense(("head",), "head.fc")
+  return e

@@ -8,12 +8,47 @@ import jax
 from flax import nnx
 
 from lra_jax import errors
-from lra_jax.models import layers, sequencer
+from lra_jax.models import (
+  convmixer,
+  fnet,
+  gmlp,
+  layers,
+  lipschitz_rnn,
+  lra_transformer,
+  lru,
+  mlp_mixer,
+  nystromformer,
+  pit,
+  resnet,
+  s5,
+  sequencer,
+  trellisnet,
+  vit,
+)
 
 # name → (constructor, its arguments). Plain, so that one can search for a name and find all of it.
 REGISTRY: dict[str, tuple[Callable, dict]] = {
   **{name: (sequencer.Sequencer, dict(two_dimensional=True, **v)) for name, v in sequencer.SEQUENCER2D.items()},
   **{name: (sequencer.Sequencer, dict(two_dimensional=False, **v)) for name, v in sequencer.VANILLA_SEQUENCER.items()},
+  **{
+    name: (constructor, preset)
+    for constructor, presets in (
+      (trellisnet.TrellisNet, trellisnet.TRELLISNET),
+      (lipschitz_rnn.LipschitzRnn, lipschitz_rnn.LIPSCHITZ_RNN),
+      (vit.Vit, vit.VIT),
+      (vit.Vit, pit.PIT),
+      (nystromformer.Nystromformer, nystromformer.NYSTROMFORMER),
+      (fnet.Fnet, fnet.FNET),
+      (mlp_mixer.MlpMixer, mlp_mixer.MLP_MIXER),
+      (gmlp.Gmlp, gmlp.GMLP),
+      (convmixer.ConvMixer, convmixer.CONVMIXER),
+      (resnet.ResNet, resnet.RESNET),
+      (lra_transformer.LraTransformer, lra_transformer.LRA_TRANSFORMER),
+      (s5.S5, s5.S5_MODELS),
+      (lru.Lru, lru.LRU_MODELS),
+    )
+    for name, preset in presets.items()
+  },
 }
 
 
@@ -28,6 +63,7 @@ def create(
   input_shape: tuple[int, ...],
   num_classes: int,
   rngs: nnx.Rngs,
+  vocab_size: int | None = None,
   init: str = "paper",
   **overrides,
 ) -> nnx.Module:
@@ -35,26 +71,44 @@ def create(
 
   Args:
     name: one of `names()`.
-    input_shape: of one example; (H, W, C) for images.
+    input_shape: of one example; (H, W, C) of an image, (L, C) of a sequence, (L,) of integer tokens.
     num_classes: number of logits.
     rngs: `nnx.Rngs(seed)`; stream `params` initialises.
+    vocab_size: number of different integer tokens; None for the others.
     init: "paper" (its own initialisation), "xavier" or "he"; see `layers.reinitialize`.
     **overrides: arguments of the model's constructor that shall differ from the preset's.
 
   Returns:
-    A module: `model(x, *, train=False, rngs=None)` gives float32 logits (B, S). `x` is (B, *input_shape), float32.
+    A module: `model(x, *, train=False, rngs=None)` gives float32 logits (B, S). `x` is (B, *input_shape), float32, or
+    int32 for tokens.
 
   Raises:
-    UserError: an unknown name, override or scheme (near misses are named), or values that do not fit.
+    UserError: an unknown name, override or scheme (near misses are named), an input that the model cannot read, or
+      values that do not fit.
   """
   if name not in REGISTRY:
     raise errors.UserError(errors.unknown("model", name, REGISTRY))
   constructor, preset = REGISTRY[name]
-  known = set(inspect.signature(constructor.__init__).parameters) - {"self", "input_shape", "num_classes", "rngs"}
+  view = {3: "image", 2: "sequence", 1: "tokens"}[len(input_shape)]
+  if view not in constructor.INPUTS:
+    raise errors.UserError(
+      f"model {name} reads {' or '.join(constructor.INPUTS)} input, the task gives {view} of shape "
+      f"{tuple(input_shape)}: its convolutions or rows and columns need a picture; take an image task or another model"
+    )
+  known = set(inspect.signature(constructor.__init__).parameters) - {
+    "self",
+    "input_shape",
+    "num_classes",
+    "vocab_size",
+    "rngs",
+  }
   for key in overrides:
     if key not in known:
       raise errors.UserError(errors.unknown(f"config.model of {name}: field", key, known | {"name", "init"}))
-  model = constructor(input_shape=tuple(input_shape), num_classes=num_classes, rngs=rngs, **preset | overrides)
+  arguments = dict(input_shape=tuple(input_shape), num_classes=num_classes, rngs=rngs, **preset | overrides)
+  if "tokens" in constructor.INPUTS:
+    arguments["vocab_size"] = vocab_size
+  model = constructor(**arguments)
   layers.reinitialize(model, init, rngs)
   return model
 

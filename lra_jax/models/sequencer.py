@@ -74,21 +74,20 @@ class Block(nnx.Module):
 
   def __call__(self, x_BHWD, drop_rate, key):
     """Args: x_BHWD; drop_rate of the stochastic depth of both branches; its key, or None where nothing is dropped."""
-    drop1 = drop2 = lambda y: y
-    if key is not None:
-      key1, key2 = jax.random.split(key)
-      drop1, drop2 = (lambda y: layers.drop_path(y, drop_rate, key1)), (lambda y: layers.drop_path(y, drop_rate, key2))
+    key1, key2 = layers.split(key, 2)
     y = self.norm1(x_BHWD)
     if self.fc is not None:
       y = self.fc(self.lstm(y))
     else:
       y = self.lstm(y.reshape(y.shape[0], -1, y.shape[-1])).reshape(y.shape)
-    x_BHWD = x_BHWD + drop1(y)
-    return x_BHWD + drop2(self.mlp(self.norm2(x_BHWD)))
+    x_BHWD = x_BHWD + layers.drop_path(y, drop_rate, key1)
+    return x_BHWD + layers.drop_path(self.mlp(self.norm2(x_BHWD)), drop_rate, key2)
 
 
 class Sequencer(nnx.Module):
   """Stages of patch embedding and blocks, then LayerNorm, mean over the tokens, Dense."""
+
+  INPUTS = ("image",)
 
   def __init__(
     self,
@@ -144,8 +143,7 @@ class Sequencer(nnx.Module):
     rows, columns, channels = input_shape
     self.remat = remat
     self.dtype = jnp.dtype(dtype)
-    blocks = sum(depths)
-    self.drop_rates = tuple(drop_path * i / max(blocks - 1, 1) for i in range(blocks))
+    self.drop_rates = layers.linear_rates(drop_path, sum(depths))
     embeds, stage_blocks = [], []
     for stage, (depth, patch, features, hidden) in enumerate(
       zip(depths, patch_sizes, embed_dims, hidden_sizes, strict=True)
@@ -194,16 +192,14 @@ class Sequencer(nnx.Module):
       (B, S) float32 logits.
     """
     key = rngs.dropout() if train and self.drop_rates[-1] > 0 else None
-    run = jax.checkpoint(Block.__call__) if self.remat else Block.__call__
-    index = 0
+    first = 0
     x = x_BHWC
     for stage, (embed, blocks) in enumerate(zip(self.embeds, self.stages, strict=True)):
       x = embed(x)
       if stage == 0 and self.position is not None:
         x = x + self.position[...].astype(x.dtype)[None]
-      for block in blocks:
-        rate = self.drop_rates[index]
-        x = run(block, x, rate, jax.random.fold_in(key, index) if key is not None and rate else None)
-        index += 1
+      own = None if key is None else jax.random.fold_in(key, stage)
+      x = layers.run_blocks(blocks, x, own, self.drop_rates[first : first + len(blocks)], remat=self.remat)
+      first += len(blocks)
     x = self.norm(x)
     return self.head(x.astype(jnp.float32).mean((1, 2)))

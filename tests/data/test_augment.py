@@ -1,5 +1,7 @@
 """Augmentation against NumPy and Pillow, on real digits and on ramps, and its statistics."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from PIL import Image
 
 from configs import common
-from lra_jax.data import augment, sources
+from lra_jax.data import augment, sources, tasks
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
+PLAIN = dataclasses.replace(tasks.get("digits"), mean=(0.0,), std=(1.0,))
 RAMP = np.arange(1, 8 * 6 * 2 + 1, dtype=np.float32).reshape(8, 6, 2)
 
 
@@ -75,10 +78,10 @@ def test_every_example_is_augmented_on_its_own():
   config = common.base("x", "digits").augment
   config.crop_pad = 2
   x = np.broadcast_to(sources.digits()["train"].inputs[:1], (64, 8, 8, 1))
-  y = np.asarray(jax.jit(lambda k: augment.augment(k, x, config, (0.0,), (1.0,)))(KEYS[0]))
+  y = np.asarray(jax.jit(lambda k: augment.augment(k, x, config, PLAIN))(KEYS[0]))
   assert len({image.tobytes() for image in y}) > 15
   config.crop_pad = 0
-  np.testing.assert_allclose(augment.augment(KEYS[0], x, config, (0.0,), (1.0,)), x / np.float32(255), rtol=1e-6)
+  np.testing.assert_allclose(augment.augment(KEYS[0], x, config, PLAIN), x / np.float32(255), rtol=1e-6)
 
 
 # A CutMix box of area u, uniform, loses √u/4 of each side at the border on average: ∫ u (1 − √u/4)² du = 0.321 remains.

@@ -41,6 +41,8 @@ def _stand_in_for_torchvision():
 
 
 if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("torchvision") is None:
+  if importlib.util.find_spec("transformers") is not None:
+    import transformers  # noqa: F401  before the stand-in, which it would take for the real thing
   _stand_in_for_torchvision()
 
 

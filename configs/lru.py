@@ -1,0 +1,31 @@
+"""LRU (Orvieto et al. 2023): a deep stack of diagonal linear recurrences.
+
+  python -m lra_jax.main --config configs/lru.py:digits
+  python -m lra_jax.main --config configs/lru.py                   sequential CIFAR-10; the paper reports 89.0
+  python -m lra_jax.main --config configs/lru.py:lra_image_real,variant=large
+
+The paper's hyper-parameters we could not read; these are the sequential CIFAR command of NicolasZucchet/minimal-LRU:
+180 epochs at batch 64, AdamW 1e-3 with decay 0.05, half of it without decay for the recurrence, cosine to 1e-7.
+"""
+
+from configs import common
+
+TASKS = ("cifar10_sequence", *(t for t in common.SEQUENCE_TASKS if t != "cifar10_sequence"), *common.IMAGE_TASKS)
+VARIANTS = {"base": "lru", "large": "lru_large", "digits": "lru_digits"}
+
+
+def get_config(argument: str | None = None):
+  fields = dict(patch_size=int, width=int, depth=int, states=int, r_min=float, r_max=float, max_phase=float, pool=str)
+  c, task = common.start(
+    argument, TASKS, VARIANTS, digits="digits", dropout=float, drop_path=float, activation=str, norm=str, **fields
+  )
+  c.model.implementation = common.optional(str)  # of the recurrence; None for the best that can serve
+  if not task.startswith("digits"):
+    c.train.batch_size = 64
+    c.train.epochs = 180.0
+    c.optim.learning_rate = 1e-3
+    c.optim.weight_decay = 0.05
+    c.optim.recurrence_rate = 0.5
+    c.optim.schedule.final_rate = 1e-7
+    c.optim.clip_norm = 0.0
+  return c

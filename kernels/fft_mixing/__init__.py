@@ -1,0 +1,57 @@
+"""Token mixing of FNet (Lee-Thorp et al. 2021, "FNet: Mixing Tokens with Fourier Transforms", section 3.2, eq. 3).
+
+Axes: B batch, L tokens, D width. With C and S the cosine and sine matrices of a length, C_n[j, k] = cos(2πjk/n):
+
+  y = Re(F_L(F_D(x))) = C_L x C_D − S_L x S_D
+
+unnormalised. The operator is real and symmetric, so it is its own gradient, and nothing is kept for it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.fft_mixing import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.mixing, "xla": xla.half, "folded": xla.folded}
+
+
+def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Array:
+  """The real part of the discrete Fourier transform over tokens and width.
+
+  Args:
+    x_BLD: inputs, float32 or bfloat16.
+    implementation: "reference" (the complex transform), "xla" (the half of it that a real x needs), "folded" (products
+      of real matrices, in bfloat16 if x is) or None: "xla", but "folded" on CPU where that is faster.
+
+  Returns:
+    (B, L, D) in x's dtype.
+
+  Raises:
+    ValueError: x has not three axes, none of them empty, or another dtype; or an unknown implementation.
+  """
+  if x_BLD.ndim != 3 or 0 in x_BLD.shape:
+    raise ValueError(f"fft_mixing: x has shape {x_BLD.shape}, expected 3 axes, none of length 0")
+  if x_BLD.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"fft_mixing: x is {x_BLD.dtype}, expected float32 or bfloat16")
+  default = "folded" if dispatch.platform() == "cpu" and _folded_is_faster(*x_BLD.shape[1:]) else "xla"
+  return dispatch.choose("fft_mixing", IMPLEMENTATIONS, implementation, default)(x_BLD)
+
+
+def _folded_is_faster(length: int, width: int) -> bool:
+  """Measured on CPU: XLA's real transform is slow, at times slower than the complex one, for primes from 97 on.
+
+  The products take half to two thirds of its time there, until they grow too large with the number of tokens.
+  """
+  return length <= 512 and _largest_prime_factor(width) > 96
+
+
+def _largest_prime_factor(number: int) -> int:
+  """1 for 1."""
+  largest, factor = 1, 2
+  while factor * factor <= number:
+    if number % factor:
+      factor += 1
+    else:
+      largest, number = factor, number // factor
+  return max(largest, number)

@@ -1,11 +1,12 @@
-"""Times a model's training step, alone or beside its PyTorch twin on the same cores.
+"""Times training steps, alone or beside a model's PyTorch twin on the same cores.
 
-  python -m lra_jax.bench --model sequencer2d_small32 --against timm
+  python -m lra_jax.bench --model sequencer2d_small32 --against torch
+  python -m lra_jax.bench --model all --against torch       the small forms of all models that have a public implementation
 
 Each contestant is a process of its own, as its users run it: all start, then take turns for `--rounds` rounds of
 `--steps` steps, so that a noisy machine is noisy for all. "kept memory" marks a contestant whose allocator keeps freed
 memory (`parallel.keep_freed_memory`, which the trainer of lra_jax always uses on CPU and PyTorch by default does not).
-A step is: batch, forward, backward, clipping by global norm, AdamW; float32.
+A step is: batch, forward, backward, clipping by global norm, AdamW; float32, no dropout.
 """
 
 import json
@@ -18,10 +19,11 @@ from absl import flags
 
 from lra_jax import errors
 
-_MODEL = flags.DEFINE_string("model", "sequencer2d_small32", "Name of the model.")
+_MODEL = flags.DEFINE_string("model", "sequencer2d_small32", "Name of the model, or all.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of the images in pixels.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 64, "Images per step.", lower_bound=1)
-_AGAINST = flags.DEFINE_enum("against", None, ["timm"], "PyTorch implementation to compare with.")
+_AGAINST = flags.DEFINE_enum("against", None, ["torch"], "What to compare with.")
+_CHANNELS_LAST = flags.DEFINE_bool("channels_last", False, "PyTorch's other memory format, for convolutions.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each contestant.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps in a turn.", lower_bound=1)
 _WORKER = flags.DEFINE_string("worker", None, "Internal: contestant that this process is.")
@@ -30,19 +32,26 @@ CHANNELS, CLASSES = 3, 10
 
 
 def lra_jax_step():
-  """Returns a function that runs one step of the real trainer on synthetic images, and waits for it."""
+  """Returns a function that runs one step of the real trainer on synthetic data, and waits for it."""
   import jax
   import numpy as np
 
   from configs import common
-  from lra_jax import parallel, train
+  from lra_jax import models, parallel, train, twins
   from lra_jax.data import resident, sources, tasks
 
-  config = common.base(_MODEL.value, "synthetic")
+  name = _MODEL.value
+  config = common.base(name, "synthetic")
   config.train.batch_size = _BATCH.value
-  config.model.drop_path = 0.0
-  shape = (_SIZE.value, _SIZE.value, CHANNELS)
-  task = tasks.Task("synthetic", shape, tuple(map(str, range(CLASSES))), (0.5,) * CHANNELS, (0.25,) * CHANNELS, dict)
+  for field, value in ({"drop_path": 0.0} | twins.OVERRIDES.get(name, {})).items():
+    if field in models.fields(name):
+      config.model[field] = value
+  tokens = twins.reads_tokens(name)
+  channels = 1 if tokens else CHANNELS
+  shape = (_SIZE.value, _SIZE.value, channels)
+  mean, std = ((0.0,), (1 / 255,)) if tokens else ((0.5,) * channels, (0.25,) * channels)
+  view = "tokens" if tokens else "image"
+  task = tasks.Task("synthetic", shape, tuple(map(str, range(CLASSES))), mean, std, dict, view)
   mesh = parallel.make_mesh(-1)
   random = np.random.RandomState(0)
   split = sources.Split(
@@ -63,40 +72,32 @@ def lra_jax_step():
   return step
 
 
-def timm_step():
-  """The same for timm's model of the same sizes."""
+def torch_step():
+  """The same for the public PyTorch model of the same sizes."""
   import torch
-  from timm.models.sequencer import Sequencer2d
 
-  from lra_jax.models import REGISTRY
+  from lra_jax import twins
 
-  _, preset = REGISTRY[_MODEL.value]
-  if not preset.get("two_dimensional") or len(preset["depths"]) != 4:
-    raise errors.UserError(f"--model {_MODEL.value}: timm has only Sequencer2D with four stages to compare with")
-  model = Sequencer2d(
-    num_classes=CLASSES,
-    img_size=_SIZE.value,
-    in_chans=CHANNELS,
-    layers=preset["depths"],
-    patch_sizes=preset["patch_sizes"],
-    embed_dims=preset["embed_dims"],
-    hidden_sizes=preset["hidden_sizes"],
-    mlp_ratios=(3.0,) * 4,
-  ).train()
+  model, logits_of = twins.create(_MODEL.value, _SIZE.value, CHANNELS, CLASSES)
   optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-  images = torch.randn(_BATCH.value, CHANNELS, _SIZE.value, _SIZE.value)
+  if twins.reads_tokens(_MODEL.value):
+    inputs = torch.randint(0, 256, (_BATCH.value, _SIZE.value**2))
+  else:
+    inputs = torch.randn(_BATCH.value, CHANNELS, _SIZE.value, _SIZE.value)
+  if _CHANNELS_LAST.value:
+    model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
   labels = torch.arange(_BATCH.value) % CLASSES
 
   def step():
     optimizer.zero_grad(set_to_none=True)
-    torch.nn.functional.cross_entropy(model(images), labels).backward()
+    torch.nn.functional.cross_entropy(logits_of(model(inputs)), labels).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
   return step
 
 
-CONTESTANTS = {"lra_jax": lra_jax_step, "timm": timm_step}
+CONTESTANTS = {"lra_jax": lra_jax_step, "torch": torch_step}
 
 
 def work(name: str) -> None:
@@ -127,6 +128,12 @@ def main() -> None:
   errors.parse_flags(sys.argv, required=())
   if _WORKER.value:
     work(_WORKER.value)
+    return
+  if _MODEL.value == "all":
+    from lra_jax import twins
+
+    for name in twins.SMALL_FORMS:
+      subprocess.run([sys.executable, "-m", "lra_jax.bench", *sys.argv[1:], f"--model={name}"], check=False)
     return
   names = ["lra_jax+kept", "lra_jax"] + ([_AGAINST.value, f"{_AGAINST.value}+kept"] if _AGAINST.value else [])
   processes, starts = {}, {}

@@ -42,7 +42,7 @@ def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.
     path, colon, argument = argv[position].partition("=")[2].partition(":")
     path = find(path)
     argv[position] = f"--{flag}={path}{colon}{argument}"
-    config = _load(path, argument)
+    config = load(path, argument)
     _check_overrides(argv, flag, config)
   if flag not in flags.FLAGS:
     config_flags.DEFINE_config_file(
@@ -80,7 +80,7 @@ def _installed() -> pathlib.Path:
   return pathlib.Path(spec.submodule_search_locations[0]) if spec else pathlib.Path("configs")
 
 
-def _load(path: str, argument: str) -> ml_collections.ConfigDict:
+def load(path: str, argument: str) -> ml_collections.ConfigDict:
   """Runs `get_config` of a file once, for its errors and field names; ml_collections' flag runs it again."""
   spec = importlib.util.spec_from_file_location("_config_file", path)
   module = importlib.util.module_from_spec(spec)

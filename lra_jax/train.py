@@ -114,8 +114,13 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
 
     split = [jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for a in (inputs, targets_BS)]
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-    unroll = parts if mesh.devices.flat[0].platform == "cpu" else 1  # no convolution in a loop there
-    (sums, model_state), _ = jax.lax.scan(one, (zeros, model_state), (*split, jnp.arange(parts)), unroll=unroll)
+    carry = zeros, model_state
+    if mesh.devices.flat[0].platform == "cpu":  # no convolution in a loop there, not even in one of a single turn
+      for index in range(parts):
+        carry, _ = one(carry, (*(a[index] for a in split), index))
+    else:
+      carry, _ = jax.lax.scan(one, carry, (*split, jnp.arange(parts)))
+    sums, model_state = carry
     return *jax.tree.map(lambda a: a / parts, sums), model_state
 
   def step(data, state, indices_B):

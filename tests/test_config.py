@@ -17,16 +17,22 @@ from lra_jax import errors, models
 from lra_jax.data import tasks
 
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem not in ("common", "__init__"))
-ARGUMENTS = {
-  "sequencer2d.py": ["", "digits", "cifar10,variant=s"],
-  "vanilla_sequencer.py": ["", "digits", "cifar10,variant=s_pe"],
+ARGUMENTS = {  # besides the default and digits
+  "sequencer2d.py": ["cifar10,variant=s"],
+  "vanilla_sequencer.py": ["cifar10,variant=s_pe"],
+  "fnet.py": ["cifar10"],
+  "lipschitz_rnn.py": ["cifar10_permuted"],
+  "lru.py": ["lra_image_real,variant=large"],
+  "nystromformer.py": ["cifar10,variant=tiny32"],
+  "s5.py": ["cifar10_sequence"],
+  "vit.py": ["cifar10,variant=ti16", "lra_image"],
 }
-CASES = [(name, argument) for name in CONFIGS for argument in ARGUMENTS[name]]
+CASES = [(name, argument) for name in CONFIGS for argument in ["", "digits", *ARGUMENTS.get(name, [])]]
 
 
 @pytest.mark.parametrize("name,argument", CASES)
 def test_config_is_as_recorded(name, argument):
-  text = config_lib.to_json(config_lib._load(str(ROOT / "configs" / name), argument))
+  text = config_lib.to_json(config_lib.load(str(ROOT / "configs" / name), argument))
   golden = (
     ROOT / "tests/golden" / f"{name[:-3]}{'.' if argument else ''}{argument.replace(',', '.').replace('=', '-')}.json"
   )
@@ -38,7 +44,7 @@ def test_config_is_as_recorded(name, argument):
 
 @pytest.mark.parametrize("name,argument", CASES)
 def test_config_names_what_exists(name, argument):
-  config = config_lib._load(str(ROOT / "configs" / name), argument)
+  config = config_lib.load(str(ROOT / "configs" / name), argument)
   assert config.model.name in models.names() and config.task.name in tasks.REGISTRY
   assert config_lib.to_json(config_lib.from_json(config_lib.to_json(config))) == config_lib.to_json(config)
 
@@ -57,7 +63,8 @@ PLAIN = {f"c.{n}" for n in ("model.name", "train.epochs", "train.label_smoothing
 
 def test_configs_import_ml_collections_alone():
   code = (
-    "import sys, runpy\nbefore = set(sys.modules)\nimport configs.sequencer2d, configs.vanilla_sequencer\n"
+    "import sys, runpy\nbefore = set(sys.modules)\nimport pkgutil, importlib, configs\n"
+    "for m in pkgutil.iter_modules(configs.__path__): importlib.import_module('configs.' + m.name).__dict__.get('get_config', str)()\n"
     "print({m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'numpy', 'tensorflow', 'lra_jax', 'kernels'})"
   )
   process = subprocess.run([sys.executable, "-c", code], **options())

@@ -55,6 +55,36 @@ def test_piecewise_and_constant():
   np.testing.assert_allclose(rates(30, schedule="constant"), 0.4, rtol=1e-6)
 
 
+def test_linear_through_its_corners():
+  r = rates(100, schedule="linear", shares=(0.0, 0.4, 0.8, 1.0), factors=(0.0, 1.0, 0.05, 0.0))
+  truth = np.interp(np.arange(100), [0, 40, 80, 100], [0, 0.4, 0.02, 0])
+  np.testing.assert_allclose(r, truth, rtol=1e-5, atol=1e-7)
+  for shares, factors in (((0.0, 0.5), (1.0, 0.0)), ((0.0, 1.0), (1.0,)), ((0.0, 0.7, 0.3, 1.0), (1.0,) * 4)):
+    with pytest.raises(errors.UserError, match="must ascend from 0 to 1, with one of factors"):
+      rates(10, schedule="linear", shares=shares, factors=factors)
+
+
+@pytest.mark.parametrize("name", ["lru_digits", "s5_digits"])
+def test_recurrences_have_a_rate_of_their_own_and_no_decay(name):
+  model = models.create(name, input_shape=(8, 1), num_classes=2, rngs=nnx.Rngs(0), width=4, states=8, depth=1)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  grads = jax.tree.map(jnp.ones_like, params)
+  step = {}
+  for rate in (1.0, 0.25):
+    optimizer = optim.make_optimizer(settings(weight_decay=0.5, recurrence_rate=rate, clip_norm=0.0), lambda t: 0.1)
+    step[rate] = optimizer.update(grads, optimizer.init(params), params)[0]["blocks"][0]["cell"]
+  slow = {key for key in step[1.0] if np.allclose(step[0.25][key], 0.25 * step[1.0][key])}
+  expected = {
+    "lru_digits": {"nu_log", "theta_log", "gamma_log", "b_re", "b_im"},
+    "s5_digits": {"lambda_re", "lambda_im", "log_step"},
+  }
+  assert slow == expected[name]
+  for key, update in step[1.0].items():  # Adam's first step is the rate; a decayed one depends on the weight too
+    assert (np.ptp(np.asarray(update)) > 1e-4) == key.startswith("w_")
+  with pytest.raises(errors.UserError, match=r"recurrence_rate=-1\.0 must not be negative"):
+    optim.make_optimizer(settings(recurrence_rate=-1.0), lambda t: 0.1)
+
+
 def test_what_does_not_exist_or_fit_is_refused():
   with pytest.raises(errors.UserError, match="'cosin' does not exist; did you mean 'cosine'"):
     rates(10, schedule="cosin")

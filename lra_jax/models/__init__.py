@@ -57,6 +57,12 @@ def names() -> list[str]:
   return sorted(REGISTRY)
 
 
+def fields(name: str) -> set[str]:
+  """What of a model's constructor can be overridden in `create`."""
+  arguments = set(inspect.signature(REGISTRY[name][0].__init__).parameters)
+  return arguments - {"self", "input_shape", "num_classes", "vocab_size", "rngs"}
+
+
 def create(
   name: str,
   *,
@@ -95,13 +101,7 @@ def create(
       f"model {name} reads {' or '.join(constructor.INPUTS)} input, the task gives {view} of shape "
       f"{tuple(input_shape)}: its convolutions or rows and columns need a picture; take an image task or another model"
     )
-  known = set(inspect.signature(constructor.__init__).parameters) - {
-    "self",
-    "input_shape",
-    "num_classes",
-    "vocab_size",
-    "rngs",
-  }
+  known = fields(name)
   for key in overrides:
     if key not in known:
       raise errors.UserError(errors.unknown(f"config.model of {name}: field", key, known | {"name", "init"}))

@@ -21,7 +21,7 @@ FNET = {
   "fnet_large": dict(width=1024, depth=24, mlp_hidden=4096, types=4),
   # Ours: small enough for 1024 pixels, 64 patches and an 8 px image.
   "fnet_small": dict(width=256, depth=4, mlp_hidden=512, pool="mean"),
-  "fnet_digits": dict(width=64, depth=4, mlp_hidden=256, pool="mean", dropout=0.0),
+  "fnet_digits": dict(width=64, depth=4, mlp_hidden=256, patch_size=2, pool="mean", dropout=0.0),
 }
 
 

@@ -21,7 +21,15 @@ LRA_TRANSFORMER = {
   ),
   # Ours.
   "lra_transformer_digits": dict(
-    width=64, depth=4, heads=4, qkv_features=64, mlp_hidden=256, dropout=0.0, attention_dropout=0.0, pool="mean"
+    width=64,
+    depth=4,
+    heads=4,
+    qkv_features=64,
+    mlp_hidden=256,
+    dropout=0.0,
+    attention_dropout=0.0,
+    patch_size=2,
+    pool="mean",
   ),
 }
 

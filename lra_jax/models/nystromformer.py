@@ -32,7 +32,9 @@ NYSTROMFORMER = {
   "nystromformer_tiny32": dict(
     width=192, depth=6, heads=3, mlp_hidden=768, landmarks=32, skip_kernel=0, patch_size=2, dropout=0.0
   ),
-  "nystromformer_digits": dict(width=64, depth=4, heads=4, mlp_hidden=256, landmarks=16, skip_kernel=9, dropout=0.0),
+  "nystromformer_digits": dict(
+    width=64, depth=2, heads=2, mlp_hidden=256, landmarks=8, skip_kernel=5, patch_size=2, dropout=0.0
+  ),
 }
 
 

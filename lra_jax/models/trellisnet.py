@@ -90,7 +90,7 @@ class TrellisNet(nnx.Module):
     """
     if not dilations or min(dilations) < 1 or kernel_size < 1:
       raise errors.UserError(
-        f"config.model: dilations={tuple(dilations)}, kernel_size={kernel_size}; take one dilation of at least 1 a level"
+        f"config.model: dilations={tuple(dilations)}, kernel_size={kernel_size}; one dilation of at least 1 a level"
       )
     self.dtype, self.remat = jnp.dtype(dtype), remat
     self.dilations, self.outputs = tuple(dilations), outputs

@@ -9,11 +9,13 @@ import pathlib
 import tarfile
 import threading
 
+import jax
 import numpy as np
 import pytest
 
+from configs import common
 from lra_jax import errors
-from lra_jax.data import resident, sources, tasks
+from lra_jax.data import augment, resident, sources, tasks
 
 
 def test_digits_are_scikit_learns_split_in_two():
@@ -45,6 +47,51 @@ def test_validation_is_carved_by_seed_and_class():
   assert rows(again["validation"]) == rows(splits["validation"]) != rows(other["validation"])
   with pytest.raises(errors.UserError, match="leaves 1433 for training and 0 for validation"):
     load(validation_fraction=0.0, split_seed=0)
+
+
+def test_views_are_the_same_pixels():
+  """Image, raster sequence, permuted sequence and tokens of the same digits, by NumPy."""
+  images = sources.digits()["train"].inputs[:5]
+  see = lambda name: np.asarray(augment.prepare(images, tasks.get(name)))
+  pixels = images.reshape(5, 64, 1)
+  np.testing.assert_array_equal(see("digits_tokens"), pixels[..., 0])
+  assert see("digits_tokens").dtype == np.int32
+  normal = (pixels / 255 - 0.3055) / 0.3761
+  np.testing.assert_allclose(see("digits").reshape(5, 64, 1), normal, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(see("digits_sequence"), normal, rtol=1e-4, atol=1e-5)
+  order = tasks.get("digits_permuted").permutation
+  assert sorted(order) == list(range(64)) and order.tolist() != sorted(order)
+  np.testing.assert_allclose(see("digits_permuted"), normal[:, order], rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(order[:6], [45, 29, 43, 61, 34, 33])  # fixed for ever: results depend on it
+  rgb = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+  sequence = np.asarray(augment.prepare(rgb, tasks.get("cifar10_sequence")))
+  task = tasks.get("cifar10_sequence")
+  np.testing.assert_allclose(sequence[1, 33], (rgb[1, 1, 1] / 255 - task.mean) / task.std, rtol=1e-4)
+
+
+def test_augmented_tokens_stay_tokens():
+  config = common.base("x", "lra_image").augment
+  config.crop_pad, config.flip, config.erase_probability, config.erase_mode = 1, True, 0.5, "constant"
+  task = tasks.get("digits_tokens")
+  images = sources.digits()["train"].inputs[:64]
+  tokens = np.asarray(augment.view(augment.augment(jax.random.key(0), images, config, task), task))
+  assert tokens.dtype == np.int32 and set(np.unique(tokens)) <= set(np.unique(images)) | {0}
+  config.crop_scale = (0.3, 1.0)  # bicubic: values between and beyond
+  tokens = np.asarray(augment.view(augment.augment(jax.random.key(0), images, config, task), task))
+  assert tokens.min() == 0 and tokens.max() == 255 and len(np.unique(tokens)) > 50
+  config.erase_mode = "pixel"
+  with pytest.raises(errors.UserError, match="integer tokens .digits_tokens. cannot hold; take 'constant'"):
+    augment.augment(jax.random.key(0), images, config, task)
+
+
+def test_grey_is_tensorflows():
+  """tf.image.rgb_to_grayscale of uint8: x / 255 by 0.2989, 0.5870, 0.1140, then × 255.5, fraction cut off."""
+  rgb = np.random.RandomState(0).randint(0, 256, (500, 3)).astype(np.uint8)
+  exact = (rgb.astype(np.float64) / 255) @ [0.2989, 0.5870, 0.1140] * 255.5
+  ours = sources.grey(rgb)[:, 0]
+  clear = np.abs(exact - np.round(exact)) > 1e-3  # float32 may fall on either side of a whole number
+  np.testing.assert_array_equal(ours[clear], np.floor(exact[clear]))
+  assert sources.grey(np.full((1, 3), 255, np.uint8)) == 255 and sources.grey(np.zeros((1, 3), np.uint8)) == 0
 
 
 def test_every_example_once_an_epoch_also_across_batches():
@@ -170,3 +217,18 @@ def test_real_cifar10():
   pixels = splits["train"].inputs.reshape(-1, 3)
   np.testing.assert_allclose(pixels.mean(0, dtype=np.float64) / 255, task.mean, atol=1e-4)
   np.testing.assert_allclose(pixels.std(0, dtype=np.float64) / 255, task.std, atol=1e-4)
+
+
+@pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason="CIFAR-10 is not on this machine")
+@pytest.mark.filterwarnings("ignore")
+def test_real_lra_image():
+  """The benchmark's split is by position, 45,000 / 5,000 / 10,000, and its grey statistics are those that S4 states."""
+  splits = tasks.load("lra_image", data_dir=str(REAL), validation_fraction=0.1, split_seed=3)
+  assert [len(splits[name].labels) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]
+  colour = sources.cifar10(str(REAL))
+  np.testing.assert_array_equal(splits["validation"].labels, colour["train"].labels[45_000:])
+  np.testing.assert_array_equal(splits["train"].inputs[7], sources.grey(colour["train"].inputs[7]))
+  pixels = np.concatenate([splits["train"].inputs, splits["validation"].inputs]) / 255
+  task = tasks.get("lra_image_real")
+  assert pixels.mean() == pytest.approx(task.mean[0], abs=1e-4) and pixels.std() == pytest.approx(task.std[0], abs=1e-4)
+  assert pixels.mean() == pytest.approx(122.6 / 255, abs=2e-3) and pixels.std() == pytest.approx(61 / 255, abs=2e-3)

@@ -126,8 +126,19 @@ def test_lra_transformer(batch, length, pool):
   tokens = np.random.RandomState(0).randint(0, 11, (batch, length))
   with jax.default_matmul_precision("highest"):
     ours = np.asarray(model(jnp.asarray(tokens)))
-  truth = oracles.lra_transformer(tokens, w, heads=3, pool=pool)
+  oracle = lambda table: oracles.lra_transformer(tokens, w | {"embed": table}, heads=3, pool=pool)
+  truth = oracle(w["embed"])
   assert np.abs(ours - truth).max() < 1e-5 * np.abs(truth).max()
+  # Tokens have no gradient: the table of their embeddings stands in for the input.
+  random = np.random.RandomState(3)
+  direction, weights, step = random.randn(*w["embed"].shape), random.randn(7), 1e-5
+  slopes = oracle(w["embed"] + step * direction) - oracle(w["embed"] - step * direction)
+  expected = (slopes @ weights).sum() / (2 * step)
+  graphdef, params = nnx.split(model)
+  loss = lambda params: (nnx.merge(graphdef, params)(jnp.asarray(tokens)) @ jnp.asarray(weights, jnp.float32)).sum()
+  with jax.default_matmul_precision("highest"):
+    gradient = jax.grad(loss)(params)["tokenizer"]["embed"]["embedding"][...]
+  assert (np.asarray(gradient, np.float64) * direction).sum() == pytest.approx(expected, rel=1e-3)
 
 
 def dense_of(layer):

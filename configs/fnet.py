@@ -16,10 +16,13 @@ VARIANTS = {name: f"fnet_{name}" for name in ("small", "base", "large", "digits"
 def get_config(argument: str | None = None):
   fields = dict(patch_size=int, width=int, depth=int, mlp_hidden=int, pool=str, dropout=float)
   c, task = common.start(argument, TASKS, VARIANTS, digits="digits", **fields)
-  if task == "cifar10":
+  if task.startswith("digits"):
+    c.train.epochs = 100.0
+    c.train.cutmix = 0.0
+  elif task == "cifar10":
     common.small_image_recipe(c)
     c.model.patch_size = 4
-  elif not task.startswith("digits"):
+  else:
     c.train.batch_size = 128
     c.train.epochs = 100.0
     c.augment.flip = task == "lra_image"  # the label does not depend on left and right

@@ -25,7 +25,10 @@ def get_config(argument: str | None = None):
   c.model.gated = False
   c.model.init_std = 0.1  # of B and C, times 1 / units
   c.model.unroll = 1  # steps in one iteration of the loop
-  if not task.startswith("digits"):
+  if task.startswith("digits"):
+    common.recurrent_digits_recipe(c)
+    c.train.epochs = 150.0
+  else:
     c.train.batch_size = 128
     c.train.epochs = 100.0
     c.optim.name = "adam"

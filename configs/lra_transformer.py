@@ -18,7 +18,9 @@ def get_config(argument: str | None = None):
   c, task = common.start(
     argument, TASKS, VARIANTS, digits="digits", dropout=float, attention_dropout=float, position=str, **fields
   )
-  if not task.startswith("digits"):
+  if task.startswith("digits"):
+    common.attention_digits_recipe(c)
+  else:
     c.train.batch_size = 256
     c.train.steps = 35_000
     c.optim.name = "adam"

@@ -22,7 +22,9 @@ def get_config(argument: str | None = None):
   )
   c.model.weight_norm = True
   c.model.embed_features = 16  # of integer tokens
-  if not task.startswith("digits"):
+  if task.startswith("digits"):
+    common.recurrent_digits_recipe(c)
+  else:
     c.train.batch_size = 64
     c.train.epochs = 200.0
     c.optim.name = "adam"

@@ -24,7 +24,9 @@ def build(argument, variants):
   fields = dict(patch_size=int, width=int, depth=int, heads=int, pool=str, position=str)
   rates = dict(dropout=float, attention_dropout=float, drop_path=float)
   c, task = common.start(argument, TASKS, variants, digits="digits", **fields, **rates)
-  if not task.startswith("digits"):
+  if task.startswith("digits"):
+    common.attention_digits_recipe(c)
+  else:
     common.small_image_recipe(c)
     c.model.drop_path = 0.1
     if task != "cifar10":  # no picture to erase from, mirror or mix; a batch of 1024 tokens each takes more memory

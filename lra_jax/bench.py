@@ -1,7 +1,7 @@
 """Times training steps, alone or beside a model's PyTorch twin on the same cores.
 
   python -m lra_jax.bench --model sequencer2d_small32 --against torch
-  python -m lra_jax.bench --model all --against torch       the small forms of all models that have a public implementation
+  python -m lra_jax.bench --model all --against torch       the small forms of all models that have a twin
 
 Each contestant is a process of its own, as its users run it: all start, then take turns for `--rounds` rounds of
 `--steps` steps, so that a noisy machine is noisy for all. "kept memory" marks a contestant whose allocator keeps freed

@@ -34,7 +34,7 @@ def runs_of(files: list[str], task: str | None, seeds: list[str]) -> list[tuple[
     seeds: as given.
 
   Raises:
-    UserError: no such config file, or a seed that is no number.
+    UserError: no such config file, task or option, or a seed that is no number.
   """
   for seed in seeds:
     if not seed.isdigit():
@@ -42,8 +42,8 @@ def runs_of(files: list[str], task: str | None, seeds: list[str]) -> list[tuple[
   result = []
   for file in files or config.all_files():
     path, colon, argument = file.partition(":")
-    config.find(path)
     argument = argument if colon else task or ""
+    config.load(config.find(path), argument)
     for seed in seeds:
       name = "-".join(filter(None, (pathlib.Path(path).stem, argument.replace(",", "-").replace("=", "_"))))
       result.append((f"{name}-{seed}", f"{path}:{argument}" if argument else path, seed))

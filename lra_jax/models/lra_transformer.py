@@ -28,7 +28,7 @@ LRA_TRANSFORMER = {
     mlp_hidden=256,
     dropout=0.0,
     attention_dropout=0.0,
-    patch_size=2,
+    patch_size=4,
     pool="mean",
   ),
 }

@@ -26,7 +26,7 @@ VIT = {
   "vit_s32": dict(patch_size=32, **SIZES["s"]),
   # Ours.
   "vit_tiny32": dict(patch_size=4, width=192, depth=6, heads=3, pool="mean"),
-  "vit_digits": dict(patch_size=2, width=64, depth=4, heads=4, pool="mean"),
+  "vit_digits": dict(patch_size=4, width=64, depth=4, heads=4, pool="mean"),
 }
 
 

@@ -80,7 +80,7 @@ def test_augmented_tokens_stay_tokens():
   tokens = np.asarray(augment.view(augment.augment(jax.random.key(0), images, config, task), task))
   assert tokens.min() == 0 and tokens.max() == 255 and len(np.unique(tokens)) > 50
   config.erase_mode = "pixel"
-  with pytest.raises(errors.UserError, match="integer tokens .digits_tokens. cannot hold; take 'constant'"):
+  with pytest.raises(errors.UserError, match=r"integer tokens \(digits_tokens\) cannot hold; take 'constant'"):
     augment.augment(jax.random.key(0), images, config, task)
 
 

@@ -1,4 +1,4 @@
-"""bfloat16: after 100 real training steps on digits its logits are those of float32 within 2 %, and it can train itself."""
+"""bfloat16: after 100 training steps on digits its logits are those of float32 within 2 %, and it trains by itself."""
 
 import jax
 import numpy as np

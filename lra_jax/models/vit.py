@@ -48,6 +48,7 @@ class Vit(nnx.Module):
     mlp_ratio: float = 4.0,
     pool: str = "cls",
     position: str = "learned",
+    position_std: float = 0.02,
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     drop_path: float = 0.0,
@@ -68,6 +69,7 @@ class Vit(nnx.Module):
       mlp_ratio: hidden width of the MLP by D.
       pool: "cls", a class token before the others feeds the head, or "mean" of all tokens.
       position: "learned", "sincos2d" (fixed; Chen et al. 2021, MoCo v3; needs an image) or "none".
+      position_std: standard deviation of learned positions at the start.
       dropout: rate after the positions and of both branches and the MLP's hidden units.
       attention_dropout: rate of the attention weights.
       drop_path: rate of stochastic depth of the last block, linear from 0 at the first.
@@ -90,7 +92,7 @@ class Vit(nnx.Module):
     self.position, self.fixed_position = nnx.data(None), None
     if position == "learned":
       shape = (1, length + (pool == "cls"), width)
-      self.position = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, jnp.float32))
+      self.position = nnx.Param(nnx.initializers.normal(position_std)(rngs.params(), shape, jnp.float32))
     elif position == "sincos2d":
       if self.tokenizer.grid is None:
         raise errors.UserError("config.model.position='sincos2d' needs an image; take 'learned'")

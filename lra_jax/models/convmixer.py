@@ -34,17 +34,20 @@ class Block(nnx.Module):
     uniform = layers.torch_uniform(kernel_size**2)
     self.w_depthwise = nnx.Param(uniform(rngs.params(), (kernel_size, kernel_size, width)))
     self.bias = nnx.Param(uniform(rngs.params(), (width,)))
-    self.norm1 = layers.batch_norm(width, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.batch_norm(width, dtype=jnp.float32, rngs=rngs)
     self.pointwise = layers.torch_linear(width, width, dtype=dtype, rngs=rngs)
-    self.norm2 = layers.batch_norm(width, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.batch_norm(width, dtype=jnp.float32, rngs=rngs)
 
   def __call__(self, x_BHWD: jax.Array, drop_rate: float, key: jax.Array | None, *, train: bool) -> jax.Array:
     act = ACTIVATIONS[self.activation]
-    kernel = self.w_depthwise[...].astype(x_BHWD.dtype)
-    y = kernels.depthwise_conv.depthwise_conv2d(x_BHWD, kernel, implementation=self.implementation)
-    y = self.norm1(act(y + self.bias[...].astype(y.dtype).reshape(1, 1, 1, -1)), use_running_average=not train)
+    x = x_BHWD.astype(self.dtype)
+    y = kernels.depthwise_conv.depthwise_conv2d(
+      x, self.w_depthwise[...].astype(x.dtype), implementation=self.implementation
+    )
+    # Between the products all is float32: BatchNorm divides by what little spread the rounded values have.
+    y = self.norm1(act(y.astype(jnp.float32) + self.bias[...].reshape(1, 1, 1, -1)), use_running_average=not train)
     x_BHWD = x_BHWD + layers.drop_path(y, drop_rate, key)
-    return self.norm2(act(self.pointwise(x_BHWD)), use_running_average=not train)
+    return self.norm2(act(self.pointwise(x_BHWD).astype(jnp.float32)), use_running_average=not train)
 
 
 class ConvMixer(nnx.Module):
@@ -97,7 +100,7 @@ class ConvMixer(nnx.Module):
     common = dict(dtype=self.dtype, rngs=rngs)
     uniform = layers.torch_uniform(patch_size**2 * input_shape[2])
     self.embed = layers.PatchEmbed(input_shape[2], width, patch_size, kernel_init=uniform, bias_init=uniform, **common)
-    self.norm = layers.batch_norm(width, **common)
+    self.norm = layers.batch_norm(width, dtype=jnp.float32, rngs=rngs)
     self.drop_rates = layers.linear_rates(drop_path, depth)
     self.blocks = nnx.List(Block(width, kernel_size, activation, implementation, **common) for _ in range(depth))
     uniform = layers.torch_uniform(width)
@@ -106,6 +109,7 @@ class ConvMixer(nnx.Module):
   def __call__(self, x_BHWC: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Normalised images (B, H, W, C) → float32 logits (B, S); `train` takes BatchNorm's statistics from the batch."""
     key = rngs.dropout() if train and self.drop_rates[-1] else None
-    x = self.norm(ACTIVATIONS[self.activation](self.embed(x_BHWC)), use_running_average=not train)
+    x = ACTIVATIONS[self.activation](self.embed(x_BHWC).astype(jnp.float32))
+    x = self.norm(x, use_running_average=not train)
     x = layers.run_blocks(self.blocks, x, key, self.drop_rates, remat=self.remat, train=train)
     return self.head(x.astype(jnp.float32).mean((1, 2)))

@@ -28,13 +28,14 @@ def is_weight(name: str) -> bool:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """Exact GELU, x Φ(x), by the error function (Hendrycks & Gimpel 2016); any shape, result in x's dtype."""
-  return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
+  """Exact GELU, x Φ(x), by the error function (Hendrycks & Gimpel 2016); float32 inside, x's dtype outside."""
+  wide = x.astype(jnp.float32)
+  return (0.5 * wide * (1 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-  """The tanh approximation of GELU that the papers' JAX code uses; any shape, result in x's dtype."""
-  return jax.nn.gelu(x, approximate=True)
+  """The tanh approximation of GELU that the papers' JAX code uses; any shape, float32 inside, x's dtype outside."""
+  return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def torch_uniform(fan_in: int) -> Callable:

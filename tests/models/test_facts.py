@@ -340,8 +340,8 @@ def test_remat_changes_nothing_and_training_is_random_only_by_its_key(name):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), other_rest, rest)  # running statistics
   graphdef, params, rest = nnx.split(models_[0], nnx.Param, ...)
   pure = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
-  run = jax.jit(lambda seed, *pure: nnx.merge(graphdef, *pure)(x, train=True, rngs=nnx.Rngs(dropout=seed)))
-  one, again, other = (np.asarray(run(seed, *pure)) for seed in (1, 1, 2))
+  run = jax.jit(lambda key, *pure: nnx.merge(graphdef, *pure)(x, train=True, rngs=nnx.Rngs(dropout=key)))
+  one, again, other = (np.asarray(run(jax.random.key(seed), *pure)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, again)
   random = any("drop" in key and value for key, value in SMALL[name].items())
   assert (np.abs(one - other).max() > 1e-5) == random

@@ -52,6 +52,11 @@ SEQUENCE_TASKS = (
 )  # fmt: skip
 
 
+def tasks_with(default: str) -> tuple[str, ...]:
+  """Every task, for models that can read them all: `default` first, then sequences, then images."""
+  return (default, *(task for task in (*SEQUENCE_TASKS, *IMAGE_TASKS) if task != default))
+
+
 def start(
   argument: str | None, tasks: tuple[str, ...], variants: dict[str, str], *, digits: str, **fields: type
 ) -> tuple[ConfigDict, str]:
@@ -122,7 +127,10 @@ def recurrent_digits_recipe(c: ConfigDict) -> None:
 
 
 def small_image_recipe(c: ConfigDict) -> None:
-  """Ours, for CIFAR-10 as image where the paper has none: AdamW, cosine, flip and shifts, MixUp, CutMix, erasing."""
+  """Ours, for CIFAR-10 where the paper has none: AdamW, cosine, flip and shifts, MixUp, CutMix, erasing.
+
+  Without the last three, and with smaller batches, where the model gets its 1024 pixels one by one.
+  """
   c.train.batch_size = 256
   c.train.epochs = 200.0
   c.train.label_smoothing = 0.1
@@ -136,6 +144,9 @@ def small_image_recipe(c: ConfigDict) -> None:
   c.optim.schedule.warmup_epochs = 10.0
   c.optim.schedule.cooldown_epochs = 5.0
   c.optim.ema_decay = 0.9998
+  if c.task.name in SEQUENCE_TASKS:
+    c.train.mixup = c.train.cutmix = c.augment.erase_probability = 0.0
+    c.train.batch_size = 128
 
 
 def base(model: str, task: str) -> ConfigDict:

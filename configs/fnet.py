@@ -9,7 +9,7 @@ FNet's recipe for the Long Range Arena is not published; this one is ours.
 
 from configs import common
 
-TASKS = ("lra_image", *(t for t in common.SEQUENCE_TASKS if t != "lra_image"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("lra_image")
 VARIANTS = {name: f"fnet_{name}" for name in ("small", "base", "large", "digits")}
 
 

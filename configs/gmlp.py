@@ -18,7 +18,4 @@ def get_config(argument: str | None = None):
   c, task = common.start(argument, TASKS, VARIANTS, digits="digits", **fields)
   if not task.startswith("digits"):
     common.small_image_recipe(c)
-    if task != "cifar10":
-      c.train.mixup = c.train.cutmix = c.augment.erase_probability = 0.0
-      c.train.batch_size = 128
   return c

@@ -11,7 +11,7 @@ table, and with the crops and flips that its CIFAR-10 loader has. Clipping at 1 
 
 from configs import common
 
-TASKS = ("cifar10_sequence", *(t for t in common.SEQUENCE_TASKS if t != "cifar10_sequence"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("cifar10_sequence")
 VARIANTS = {"256": "lipschitz_rnn_256", "128": "lipschitz_rnn", "digits": "lipschitz_rnn_digits"}
 
 

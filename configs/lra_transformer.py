@@ -9,7 +9,7 @@ batch 256. Black pixels are masked in the published runs, not here.
 
 from configs import common
 
-TASKS = ("lra_image", *(t for t in common.SEQUENCE_TASKS if t != "lra_image"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("lra_image")
 VARIANTS = {"base": "lra_transformer", "digits": "lra_transformer_digits"}
 
 

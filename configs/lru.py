@@ -10,7 +10,7 @@ The paper's hyper-parameters we could not read; these are the sequential CIFAR c
 
 from configs import common
 
-TASKS = ("cifar10_sequence", *(t for t in common.SEQUENCE_TASKS if t != "cifar10_sequence"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("cifar10_sequence")
 VARIANTS = {"base": "lru", "large": "lru_large", "digits": "lru_digits"}
 
 

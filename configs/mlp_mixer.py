@@ -20,7 +20,4 @@ def get_config(argument: str | None = None):
   if not task.startswith("digits"):
     common.small_image_recipe(c)
     c.model.drop_path = 0.1
-    if task != "cifar10":
-      c.train.mixup = c.train.cutmix = c.augment.erase_probability = 0.0
-      c.train.batch_size = 128
   return c

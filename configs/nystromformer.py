@@ -12,7 +12,7 @@ done here (`--config.model.pinv_init=global` does the latter).
 
 from configs import common
 
-TASKS = ("lra_image", *(t for t in common.SEQUENCE_TASKS if t != "lra_image"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("lra_image")
 VARIANTS = {name: f"nystromformer_{name}" for name in ("lra", "bert", "tiny32", "digits")}
 
 

@@ -10,7 +10,7 @@ and steps, one epoch warm-up, cosine. Decay spares biases and norms here; there 
 
 from configs import common
 
-TASKS = ("lra_image_real", *(t for t in common.SEQUENCE_TASKS if t != "lra_image_real"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("lra_image_real")
 VARIANTS = {"base": "s5", "digits": "s5_digits"}
 
 

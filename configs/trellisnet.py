@@ -11,7 +11,7 @@ hidden=990) we could not read. A validation split is carved out here; the offici
 
 from configs import common
 
-TASKS = ("cifar10_sequence", *(t for t in common.SEQUENCE_TASKS if t != "cifar10_sequence"), *common.IMAGE_TASKS)
+TASKS = common.tasks_with("cifar10_sequence")
 VARIANTS = {"base": "trellisnet", "digits": "trellisnet_digits"}
 
 

@@ -29,7 +29,4 @@ def build(argument, variants):
   else:
     common.small_image_recipe(c)
     c.model.drop_path = 0.1
-    if task != "cifar10":  # no picture to erase from, mirror or mix; a batch of 1024 tokens each takes more memory
-      c.train.mixup = c.train.cutmix = c.augment.erase_probability = 0.0
-      c.train.batch_size = 128
   return c

@@ -25,6 +25,16 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
   return f"{what} {name!r} does not exist; {meant}known: {', '.join(known)}"
 
 
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+  """Does nothing where `name` is among `known`; arguments as of `unknown`.
+
+  Raises:
+    UserError: it is not.
+  """
+  if name not in known:
+    raise UserError(unknown(what, name, known))
+
+
 def first_line(error: Exception) -> str:
   """Type and first line of any exception, cut to what fits into a message of ours."""
   lines = str(error).strip().splitlines()

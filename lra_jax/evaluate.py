@@ -25,8 +25,7 @@ def main() -> None:
   trained = runs.load(_WORKDIR.value, _STEP.value)
   settings = trained.config.task.to_dict() | ({"data_dir": _DATA_DIR.value} if _DATA_DIR.value else {})
   splits = tasks.load(**settings)
-  if _SPLIT.value not in splits:
-    raise errors.UserError(errors.unknown("--split", _SPLIT.value, splits))
+  errors.check_known("--split", _SPLIT.value, splits)
   mesh = parallel.make_mesh(-1)
   graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
   weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}

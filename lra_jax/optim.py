@@ -30,8 +30,7 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
     UserError: unknown schedule, or durations that do not fit into the training.
   """
   peak, schedule = config.learning_rate, config.schedule
-  if schedule.name not in SCHEDULES:
-    raise errors.UserError(errors.unknown("config.optim.schedule.name:", schedule.name, SCHEDULES))
+  errors.check_known("config.optim.schedule.name:", schedule.name, SCHEDULES)
   warmup = round(schedule.warmup_epochs * steps_per_epoch)
   cooldown = round(schedule.cooldown_epochs * steps_per_epoch)
   if warmup + cooldown >= steps:
@@ -98,8 +97,7 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   Raises:
     UserError: unknown optimizer.
   """
-  if config.name not in OPTIMIZERS:
-    raise errors.UserError(errors.unknown("config.optim.name:", config.name, OPTIMIZERS))
+  errors.check_known("config.optim.name:", config.name, OPTIMIZERS)
   if config.recurrence_rate < 0:
     raise errors.UserError(f"config.optim.recurrence_rate={config.recurrence_rate} must not be negative")
   decoupled = dict(weight_decay=config.weight_decay, mask=decay_mask)

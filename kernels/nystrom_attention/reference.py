@@ -12,9 +12,7 @@ MASKED = -1e9  # score of a padded key
 def nystrom_attention(q_BLNK, k_BLNK, v_BLNK, w_skip_RN, *, landmarks, pinv_iterations, pinv_init, mask_BL):
   """Arguments and result as of `kernels.nystrom_attention.nystrom_attention`."""
   length, width = q_BLNK.shape[1], q_BLNK.shape[-1]
-  q, k, v = (
-    x * jnp.asarray(scale, x.dtype) for x, scale in ((q_BLNK, width**-0.25), (k_BLNK, width**-0.25), (v_BLNK, 1))
-  )
+  q, k, v = q_BLNK * jnp.asarray(width**-0.25, q_BLNK.dtype), k_BLNK * jnp.asarray(width**-0.25, k_BLNK.dtype), v_BLNK
   bias = jnp.zeros((1, 1, 1, 1), jnp.float32)
   if mask_BL is not None:
     keep = mask_BL.reshape(*mask_BL.shape, 1, 1)

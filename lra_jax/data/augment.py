@@ -27,8 +27,9 @@ def view(x_BHWC: jax.Array, task: tasks.Task) -> jax.Array:
   if task.view == "image":
     return x_BHWC
   x_BLC = x_BHWC.reshape(len(x_BHWC), -1, x_BHWC.shape[-1])
-  if task.permutation is not None:
-    x_BLC = x_BLC[:, task.permutation]
+  permutation = task.permutation
+  if permutation is not None:
+    x_BLC = x_BLC[:, permutation]
   if task.view == "tokens":
     return jnp.clip(jnp.round(x_BLC[..., 0]), 0, task.vocab_size - 1).astype(jnp.int32)
   return x_BLC

@@ -99,8 +99,7 @@ def get(name: str) -> Task:
   Raises:
     UserError: there is none; near misses are named.
   """
-  if name not in REGISTRY:
-    raise errors.UserError(errors.unknown("config.task.name:", name, REGISTRY))
+  errors.check_known("config.task.name:", name, REGISTRY)
   return REGISTRY[name]
 
 

@@ -92,8 +92,7 @@ def create(
     UserError: an unknown name, override or scheme (near misses are named), an input that the model cannot read, or
       values that do not fit.
   """
-  if name not in REGISTRY:
-    raise errors.UserError(errors.unknown("model", name, REGISTRY))
+  errors.check_known("model", name, REGISTRY)
   constructor, preset = REGISTRY[name]
   view = {3: "image", 2: "sequence", 1: "tokens"}[len(input_shape)]
   if view not in constructor.INPUTS:
@@ -103,8 +102,7 @@ def create(
     )
   known = fields(name)
   for key in overrides:
-    if key not in known:
-      raise errors.UserError(errors.unknown(f"config.model of {name}: field", key, known | {"name", "init"}))
+    errors.check_known(f"config.model of {name}: field", key, known | {"name", "init"})
   arguments = dict(input_shape=tuple(input_shape), num_classes=num_classes, rngs=rngs, **preset | overrides)
   if "tokens" in constructor.INPUTS:
     arguments["vocab_size"] = vocab_size

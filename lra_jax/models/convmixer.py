@@ -90,12 +90,8 @@ class ConvMixer(nnx.Module):
     Raises:
       UserError: an unknown activation, or a patch that does not fit the image.
     """
-    if activation not in ACTIVATIONS:
-      raise errors.UserError(errors.unknown("config.model.activation:", activation, ACTIVATIONS))
-    if not 1 <= patch_size <= min(input_shape[:2]):
-      raise errors.UserError(
-        f"config.model.patch_size={patch_size} does not fit an image of {input_shape[0]}×{input_shape[1]} px"
-      )
+    errors.check_known("config.model.activation:", activation, ACTIVATIONS)
+    layers.check_patch(patch_size, *input_shape[:2])
     self.dtype, self.remat, self.activation = jnp.dtype(dtype), remat, activation
     common = dict(dtype=self.dtype, rngs=rngs)
     uniform = layers.torch_uniform(patch_size**2 * input_shape[2])

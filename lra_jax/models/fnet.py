@@ -86,8 +86,7 @@ class Fnet(nnx.Module):
     Raises:
       UserError: values that do not fit each other or the input.
     """
-    if pool not in ("first", "mean"):
-      raise errors.UserError(errors.unknown("config.model.pool:", pool, ("first", "mean")))
+    errors.check_known("config.model.pool:", pool, ("first", "mean"))
     self.dtype, self.dropout, self.remat, self.pool = jnp.dtype(dtype), dropout, remat, pool
     common = dict(dtype=self.dtype, rngs=rngs)
     self.tokenizer = layers.Tokenizer(

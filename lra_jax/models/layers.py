@@ -138,8 +138,7 @@ class Tokenizer(nnx.Module):
     self.grid = None
     if len(input_shape) == 3:
       rows, columns, channels = input_shape
-      if not 1 <= patch <= min(rows, columns):
-        raise errors.UserError(f"config.model.patch_size={patch} does not fit an image of {rows}×{columns} px")
+      check_patch(patch, rows, columns)
       self.grid = (rows // patch, columns // patch)
       self.length = self.grid[0] * self.grid[1]
       self.embed = PatchEmbed(
@@ -257,6 +256,18 @@ class EncoderBlock(nnx.Module):
     return x_BLD + drop_path(y, drop_rate, keys[5])
 
 
+def prepend_token(token_11D: jax.Array, x_BLD: jax.Array) -> jax.Array:
+  """(B, 1 + L, D): the learned token before the others of every example, in their dtype."""
+  token = jnp.broadcast_to(token_11D.astype(x_BLD.dtype), (len(x_BLD), 1, x_BLD.shape[-1]))
+  return jnp.concatenate([token, x_BLD], axis=1)
+
+
+def check_patch(patch: int, rows: int, columns: int) -> None:
+  """Raises a `UserError` where a patch of `patch` pixels does not fit an image of that size."""
+  if not 1 <= patch <= min(rows, columns):
+    raise errors.UserError(f"config.model.patch_size={patch} does not fit an image of {rows}×{columns} px")
+
+
 def run_blocks(
   blocks: list[nnx.Module],
   x: jax.Array,
@@ -362,8 +373,7 @@ def reinitialize(model: nnx.Module, scheme: str, rngs: nnx.Rngs) -> None:
     UserError: the scheme does not exist.
   """
   initializers = {"paper": None, "xavier": xavier_uniform, "he": nnx.initializers.he_normal()}
-  if scheme not in initializers:
-    raise errors.UserError(errors.unknown("config.model.init:", scheme, initializers))
+  errors.check_known("config.model.init:", scheme, initializers)
   if scheme == "paper":
     return
   for path, parameter in nnx.iter_graph(model):

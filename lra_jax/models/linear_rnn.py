@@ -88,8 +88,7 @@ class Stack(nnx.Module):
       ("norm", norm, ("batch", "layer")),
       ("pool", pool, ("mean", "last")),
     ):
-      if value not in known:
-        raise errors.UserError(errors.unknown(f"config.model.{name}:", value, known))
+      errors.check_known(f"config.model.{name}:", value, known)
     self.remat, self.pool = remat, pool
     common = dict(dtype=dtype, rngs=rngs)
     self.encoder = layers.Tokenizer(

@@ -77,8 +77,7 @@ class LipschitzRnn(nnx.Module):
     Raises:
       UserError: an unknown method, a gate with another method than Euler's, or a patch that does not fit the input.
     """
-    if method not in METHODS:
-      raise errors.UserError(errors.unknown("config.model.method:", method, METHODS))
+    errors.check_known("config.model.method:", method, METHODS)
     if gated and method != "euler":
       raise errors.UserError(f"config.model.method={method!r}: the gated form is defined for 'euler' alone")
     self.dtype, self.remat, self.unroll, self.dropout = jnp.dtype(dtype), remat, unroll, dropout

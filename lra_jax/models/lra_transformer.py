@@ -82,10 +82,8 @@ class LraTransformer(nnx.Module):
     Raises:
       UserError: values that do not fit each other or the input.
     """
-    if pool not in ("cls", "mean"):
-      raise errors.UserError(errors.unknown("config.model.pool:", pool, ("cls", "mean")))
-    if position not in ("learned", "sinusoidal"):
-      raise errors.UserError(errors.unknown("config.model.position:", position, ("learned", "sinusoidal")))
+    errors.check_known("config.model.pool:", pool, ("cls", "mean"))
+    errors.check_known("config.model.position:", position, ("learned", "sinusoidal"))
     self.dtype, self.dropout, self.remat, self.pool, self.width = jnp.dtype(dtype), dropout, remat, pool, width
     common = dict(dtype=self.dtype, rngs=rngs)
     self.tokenizer = layers.Tokenizer(
@@ -114,7 +112,7 @@ class LraTransformer(nnx.Module):
     keys = layers.split(rngs.dropout() if train else None, 2)
     x = self.tokenizer(x)
     if self.cls is not None:
-      x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1])), x], axis=1)
+      x = layers.prepend_token(self.cls[...], x)
     position = self.position[...] if self.position is not None else jnp.asarray(sinusoidal(self.length, self.width))
     x = layers.dropout(x + position.astype(x.dtype), self.dropout, keys[0])
     x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat)

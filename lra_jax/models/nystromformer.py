@@ -145,10 +145,8 @@ class Nystromformer(nnx.Module):
     Raises:
       UserError: values that do not fit each other or the input.
     """
-    if form not in ("lra", "bert"):
-      raise errors.UserError(errors.unknown("config.model.form:", form, ("lra", "bert")))
-    if pinv_init not in PINV_INITS:
-      raise errors.UserError(errors.unknown("config.model.pinv_init:", pinv_init, PINV_INITS))
+    errors.check_known("config.model.form:", form, ("lra", "bert"))
+    errors.check_known("config.model.pinv_init:", pinv_init, PINV_INITS)
     if skip_kernel and skip_kernel % 2 == 0:
       raise errors.UserError(f"config.model.skip_kernel={skip_kernel} must be odd, or 0 for no skip convolution")
     self.dtype, self.dropout, self.remat, self.form = jnp.dtype(dtype), dropout, remat, form

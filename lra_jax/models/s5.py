@@ -12,6 +12,8 @@ narrower distribution than LeCun's (flax takes the leading axis for a receptive 
 Axes: B batch, L steps, D width, P states kept, P' = 2P all states.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,16 +49,14 @@ class Ssm(nnx.Module):
     low, high = np.log(STEP_RANGE)
     self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (kept,), jnp.float32, low, high))
     vectors = np.kron(np.eye(blocks), vectors)  # (P', P)
-    exact = jax.lax.Precision.HIGHEST
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    v_re, v_im = vectors.real.astype(np.float32), vectors.imag.astype(np.float32)
     b = jax.random.normal(rngs.params(), (states, width)) * states**-0.5
-    self.w_b_re = nnx.Param(jnp.matmul(vectors.real.T.astype(np.float32), b, precision=exact))
-    self.w_b_im = nnx.Param(jnp.matmul(-vectors.imag.T.astype(np.float32), b, precision=exact))
+    self.w_b_re, self.w_b_im = nnx.Param(product(v_re.T, b)), nnx.Param(product(-v_im.T, b))
     c_re, c_im = [], []
     for _ in range(1 + bidirectional):
       # flax's lecun_normal of shape (D, P', 2): a truncated normal of variance 1 / (D P').
       draw = jax.nn.initializers.lecun_normal()(rngs.params(), (width, states, 2), jnp.float32)
-      v_re, v_im = vectors.real.astype(np.float32), vectors.imag.astype(np.float32)
-      product = lambda part, v: jnp.matmul(part, v, precision=exact)
       c_re.append(product(draw[..., 0], v_re) - product(draw[..., 1], v_im))
       c_im.append(product(draw[..., 0], v_im) + product(draw[..., 1], v_re))
     # (D, P) or (D, 2P): first of the states that run forward, then of those that run backward.
@@ -172,6 +172,7 @@ class S5(linear_rnn.Stack):
     )
 
 
+@functools.lru_cache(maxsize=8)  # every layer starts from the same
 def hippo_legs(states: int) -> tuple[np.ndarray, np.ndarray]:
   """Eigenvalues and eigenvectors of the normal part of the HiPPO-LegS matrix (Gu et al. 2020; S5, section 4.2).
 

@@ -80,10 +80,8 @@ class Vit(nnx.Module):
     Raises:
       UserError: values that do not fit each other or the input.
     """
-    if pool not in ("cls", "mean"):
-      raise errors.UserError(errors.unknown("config.model.pool:", pool, ("cls", "mean")))
-    if position not in ("learned", "sincos2d", "none"):
-      raise errors.UserError(errors.unknown("config.model.position:", position, ("learned", "sincos2d", "none")))
+    errors.check_known("config.model.pool:", pool, ("cls", "mean"))
+    errors.check_known("config.model.position:", position, ("learned", "sincos2d", "none"))
     self.dtype, self.dropout, self.remat, self.pool = jnp.dtype(dtype), dropout, remat, pool
     common = dict(dtype=self.dtype, rngs=rngs)
     self.tokenizer = layers.Tokenizer(input_shape, width, patch=patch_size, vocab_size=vocab_size, **common)
@@ -115,7 +113,7 @@ class Vit(nnx.Module):
     if self.fixed_position:
       x = x + sincos2d(*self.fixed_position).astype(x.dtype)[None]
     if self.cls is not None:
-      x = jnp.concatenate([jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1])), x], axis=1)
+      x = layers.prepend_token(self.cls[...], x)
     if self.position is not None:
       x = x + self.position[...].astype(x.dtype)
     x = layers.dropout(x, self.dropout, keys[0])

@@ -4,27 +4,24 @@ Values, and derivatives with respect to the input along random directions, which
 differences. Where the oracle's order of axes differs from ours, the conversion is here.
 """
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
 from lra_jax import models
 
-sys.path.insert(0, __file__.rpartition("/")[0])
-import oracles
-
 
 def create(name, shape, classes=7, vocab_size=None, **overrides):
   """A model whose parameters and statistics are all random, so that nothing can hide behind a zero or a one."""
+  rates = ["dropout"]
+  if name == "trellisnet":
+    rates = ["dropout_input", "dropout_hidden", "dropout_output", "dropout_weight"]
   model = models.create(
-    name, input_shape=shape, num_classes=classes, vocab_size=vocab_size, rngs=nnx.Rngs(0), dropout=0.0, **overrides
-  ) if name != "trellisnet" else models.create(
-    name, input_shape=shape, num_classes=classes, vocab_size=vocab_size, rngs=nnx.Rngs(0), dropout_input=0.0,
-    dropout_hidden=0.0, dropout_output=0.0, dropout_weight=0.0, **overrides
+    name, input_shape=shape, num_classes=classes, vocab_size=vocab_size, rngs=nnx.Rngs(0), **dict.fromkeys(rates, 0.0),
+    **overrides,
   )  # fmt: skip
   random = np.random.RandomState(1)
   for path, variable in nnx.iter_graph(model):

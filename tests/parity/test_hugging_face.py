@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from randomized import randomize
 
 from kernels.nystrom_attention import nystrom_attention
 from lra_jax import interop, models
 
 transformers = pytest.importorskip("transformers")
-
-
-def randomize(module):
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for parameter in module.parameters():
-      parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-  return module.eval()
 
 
 def compare(ours, module, vocab, batch, length):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from randomized import randomize
 
 from lra_jax import errors, interop, models
 
@@ -18,21 +19,12 @@ def relative_error(ours, truth):
   return np.abs(np.asarray(ours) - truth).max() / np.abs(truth).max()
 
 
-def randomize(module, seed=0):
-  """timm starts with a zero head; every tensor gets small noise, so that nothing can hide."""
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for parameter in module.parameters():
-      parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-  return module.eval()
-
-
 @pytest.mark.filterwarnings("ignore")  # timm's own
 @pytest.mark.parametrize(
   "variant,size", [("s", (224, 224)), ("s", (97, 131)), ("m", (70, 70)), ("l", (63, 49)), ("s", (32, 32))]
 )
 def test_outputs_equal_timms(timm, variant, size):
-  theirs = randomize(timm.create_model(f"sequencer2d_{variant}", num_classes=17))
+  theirs = randomize(timm.create_model(f"sequencer2d_{variant}", num_classes=17), std=0.02)
   ours = MODELS(f"sequencer2d_{variant}", input_shape=(*size, 3), num_classes=17)
   interop.load_torch(ours, theirs.state_dict())
   x = torch.randn(1 if max(size) > 100 else 2, 3, *size, generator=torch.Generator().manual_seed(1))
@@ -44,7 +36,7 @@ def test_outputs_equal_timms(timm, variant, size):
 
 @pytest.mark.filterwarnings("ignore")
 def test_input_gradients_equal_timms(timm):
-  theirs = randomize(timm.create_model("sequencer2d_s", num_classes=5))
+  theirs = randomize(timm.create_model("sequencer2d_s", num_classes=5), std=0.02)
   ours = MODELS("sequencer2d_s", input_shape=(56, 56, 3), num_classes=5)
   interop.load_torch(ours, theirs.state_dict())
   theirs.stem.img_size = None

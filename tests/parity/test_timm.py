@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from randomized import randomize
 
 from lra_jax import errors, interop, models
-
-
-def randomize(module):
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-      if tensor.is_floating_point():
-        noise = torch.randn(tensor.shape, generator=generator) * 0.05
-        tensor.add_(noise.abs() if name.endswith("running_var") else noise)
-  return module.eval()
-
 
 # name, timm's constructor and its arguments, size, batch, our overrides, tolerance. Deep stacks of BatchNorm and of 30
 # gating units multiply rounding errors of single products; they get 1e-4.

@@ -2,6 +2,7 @@
 # make test    sets everything up and runs the tests
 # make setup   the environment alone, in .venv
 # make parity  the tests against public PyTorch implementations, in an environment of their own (several GB)
+# make kernels the GPU kernels compiled for an H200 without one, in an environment of its own; JAX=0.11.2 takes that JAX
 # make lint    ruff, as CI runs it
 
 # Any of these that is 3.12 or newer; PYTHON=... overrides.
@@ -9,8 +10,9 @@ PYTHON ?= $(firstword $(foreach p,python3.12 python3.13 python3.14 python3 pytho
   $(p) -c 'import sys; sys.version_info >= (3, 12) and print("$(p)")' 2>/dev/null)))
 comma := ,
 RUN := .venv/bin/python
+KERNELS := .venv-kernels$(addprefix -,$(JAX))
 
-.PHONY: setup train test parity lint clean
+.PHONY: setup train test parity kernels lint clean
 
 train: setup
 	$(RUN) -m lra_jax.main --config configs/sequencer2d.py:digits --workdir runs/digits
@@ -22,6 +24,9 @@ setup: .venv/ready
 
 parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -q tests/parity
+
+kernels: $(KERNELS)/ready
+	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -36,6 +41,14 @@ lint: setup
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
 	touch $@
 
+# JAX's CUDA plugin without CUDA: the assembler, ptxas, is that of the CUDA toolkit in PATH.
+$(KERNELS)/ready: setup.cfg
+	$(call environment,$(KERNELS),test)
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix jax==,$(JAX)) nvidia-cuda-nvdisasm
+	$(KERNELS)/bin/python -c 'import jax; print("\n".join(f"{p}=={jax.__version__}" for p in ("jax-cuda13-plugin", "jax-cuda13-pjrt")))' \
+	  | $(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement /dev/stdin
+	touch $@
+
 define environment
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 	  echo "error: lra_jax needs Python 3.12 or newer, found $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1);" \
@@ -45,4 +58,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-parity build dist *.egg-info runs
+	rm -rf .venv .venv-parity .venv-kernels* build dist *.egg-info runs

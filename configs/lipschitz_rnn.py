@@ -25,6 +25,7 @@ def get_config(argument: str | None = None):
   c.model.gated = False
   c.model.init_std = 0.1  # of B and C, times 1 / units
   c.model.unroll = 1  # steps in one iteration of the loop
+  c.model.implementation = common.optional(str)  # of the recurrence; None for the best that can serve
   if task.startswith("digits"):
     common.recurrent_digits_recipe(c)
     c.train.epochs = 150.0

@@ -1,149 +1,164 @@
-"""Times the operations at their real shapes: `python -m kernels.bench [operation] [--grad]`.
+"""Times the operations at their real shapes: `python -m kernels.bench [operation ...] [--grad] [--csv FILE]`.
 
-Prints the median of a few runs of every implementation; forms are run in turn, so that noise hits all.
+Every implementation that can serve takes its turn, round after round, so that noise hits all. On a GPU the time is the
+device's: a chain of calls, long enough to hide the start of each, between two waits; with its share of what the device
+could do, from the bandwidth and the matrix rate measured in the same run and the bytes and operations that
+`shapes.py` counts. Without a GPU, forms that need one are left out, and said so.
 """
 
 import argparse
-import functools
+import csv
+import dataclasses
+import pathlib
 import statistics
+import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-import kernels.conv2d.shapes
-import kernels.depthwise_conv.shapes
-import kernels.fft_mixing.shapes
-import kernels.linear_recurrence.shapes
-import kernels.lstm
-from kernels.lstm import shapes
+from kernels import cases
+
+_CHAIN_SECONDS = 0.02  # device time of a chain of calls
 
 
-def lstm_cases(grad: bool):
-  """Yields (shape's name, {form: jitted function}, arguments)."""
-  forms = {
-    "xla": ("xla", 1),
-    "xla, unroll 4": ("xla", 4),
-    "xla, unroll all": ("xla", 64),
-    "reference": ("reference", 1),
-  }
-  for name, shape in shapes.BILSTM2D.items():
-    rng = np.random.RandomState(0)
-    k = shape.hidden
-    sizes = [(shape.channels, 4, 4 * k), (4, k, 4 * k), (4, 4 * k), (4, 4 * k)]
-    x = jnp.asarray(rng.randn(*shape[:4]), jnp.float32)
-    arguments = (x, *(jnp.asarray(rng.uniform(-(k**-0.5), k**-0.5, s), jnp.float32) for s in sizes))
-    functions = {}
-    for form, (implementation, unroll) in forms.items():
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One implementation at one shape; a line of the table and of the CSV file.
 
-      def run(*arguments, implementation=implementation, unroll=unroll):
-        return kernels.lstm.bilstm2d(*arguments, implementation=implementation, unroll=unroll)
+  Attributes:
+    ratio: its time over the best other's.
+    compile_s: seconds.
+    roofline: share of the rate that the device can reach at this intensity; "" where not known.
+  """
 
-      def gradient(*arguments, run=run):
-        return jax.grad(lambda *a: (run(*a) ** 2).sum(), argnums=(0, 1, 2, 3, 4))(*arguments)
-
-      functions[form] = jax.jit(gradient if grad else run)
-    yield name, functions, arguments
+  operation: str
+  shape: str
+  dtype: str
+  what: str
+  implementation: str
+  milliseconds: float
+  ratio: float | str
+  compile_s: float
+  roofline: float | str
 
 
-def linear_recurrence_cases(grad: bool):
-  """As `lstm_cases`; a constant diagonal, the forward direction."""
-  for name, shape in kernels.linear_recurrence.shapes.LINEAR_RECURRENCE.items():
-    rng = np.random.RandomState(0)
-    diagonal = rng.uniform(0.9, 0.999, shape.states) * np.exp(1j * rng.uniform(0, 2 * np.pi, shape.states))
-    arrays = rng.randn(*shape), rng.randn(*shape), diagonal.real, diagonal.imag
-    arguments = tuple(jnp.asarray(array, jnp.float32) for array in arrays)
-    functions = {}
-    for form in kernels.linear_recurrence.IMPLEMENTATIONS:
-
-      def run(*arguments, form=form):
-        return kernels.linear_recurrence.linear_recurrence(*arguments, implementation=form)
-
-      def gradient(*arguments, run=run):
-        return jax.grad(lambda *a: sum((part**2).sum() for part in run(*a)), argnums=(0, 1, 2, 3))(*arguments)
-
-      functions[form] = jax.jit(gradient if grad else run)
-    yield name, functions, arguments
+def peaks() -> tuple[float, dict[str, float]] | None:
+  """Bytes a second of a copy, and operations a second of a product by dtype, measured here; None on CPU."""
+  if jax.default_backend() == "cpu":
+    return None
+  size = 2**28
+  copied = jnp.zeros(size, jnp.float32)
+  bandwidth = 2 * 4 * size / _seconds(jax.jit(lambda x: x + 1), (copied,), 5)
+  rates = {}
+  for dtype in (jnp.bfloat16, jnp.float32):
+    matrix = jnp.ones((8192, 8192), dtype)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="default"))
+    rates[jnp.dtype(dtype).name] = 2 * 8192**3 / _seconds(product, (matrix,), 5)
+  return bandwidth, rates
 
 
-def fft_mixing_cases(grad: bool):
-  """As `lstm_cases`."""
-  for name, shape in kernels.fft_mixing.shapes.FFT_MIXING.items():
-    functions = {}
-    for form in kernels.fft_mixing.IMPLEMENTATIONS:
-
-      def run(x, form=form):
-        return kernels.fft_mixing.fft_mixing(x, implementation=form)
-
-      functions[form] = jax.jit(jax.grad(lambda x, run=run: (run(x) ** 2).sum()) if grad else run)
-    yield name, functions, (jnp.asarray(np.random.RandomState(0).randn(*shape), jnp.float32),)
+def _seconds(function: Callable, arguments: tuple, rounds: int) -> float:
+  jax.block_until_ready(function(*arguments))
+  return statistics.median(_chain(function, arguments, 3) for _ in range(rounds))
 
 
-def depthwise_conv_cases(grad: bool):
-  """As `lstm_cases`."""
-  for name, shape in kernels.depthwise_conv.shapes.DEPTHWISE_CONV.items():
-    weights = shape.kernel, shape.kernel, shape.channels
-    forms = {
-      form: functools.partial(kernels.depthwise_conv.depthwise_conv2d, implementation=form)
-      for form in ("xla", "shifted")
-    }
-    yield name, *_convolution_case(grad, forms, shape[:4], weights)
+def _chain(function: Callable, arguments: tuple, calls: int) -> float:
+  """Seconds of one of `calls` calls that the host starts without waiting in between."""
+  start = time.perf_counter()
+  for _ in range(calls):
+    result = function(*arguments)
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / calls
 
 
-def conv2d_cases(grad: bool):
-  """As `lstm_cases`."""
-  for name, shape in kernels.conv2d.shapes.CONV2D.items():
-    weights = shape.kernel, shape.kernel, shape.channels, shape.outputs
-    options = {"strides": shape.strides, "padding": shape.padding}
-    forms = {
-      form: functools.partial(kernels.conv2d.conv2d, implementation=form, **options) for form in ("xla", "im2col")
-    }
-    yield name, *_convolution_case(grad, forms, shape[:4], weights)
-
-
-def _convolution_case(grad, forms, *sizes):
-  """({form: jitted function}, arguments) for functions of images and weights."""
-  arguments = tuple(jnp.asarray(np.random.RandomState(0).randn(*size), jnp.float32) for size in sizes)
-  gradient = lambda run: jax.grad(lambda x, w: (run(x, w) ** 2).sum(), argnums=(0, 1))
-  return {form: jax.jit(gradient(run) if grad else run) for form, run in forms.items()}, arguments
-
-
-OPERATIONS = {
-  "lstm": lstm_cases,
-  "linear_recurrence": linear_recurrence_cases,
-  "fft_mixing": fft_mixing_cases,
-  "depthwise_conv": depthwise_conv_cases,
-  "conv2d": conv2d_cases,
-}
+def measure(case: cases.Case, grad: bool, rounds: int, limits) -> tuple[list[Row], dict[str, str]]:
+  """Rows of the implementations that can serve, and why the others cannot."""
+  arguments = case.arrays(0)
+  functions, compile_seconds, refused = {}, {}, {}
+  for name in case.implementations:
+    start = time.perf_counter()
+    try:
+      functions[name] = jax.jit(case.function(name, grad)).lower(*arguments).compile()
+    except ValueError as error:
+      refused[name] = str(error)
+      continue
+    compile_seconds[name] = time.perf_counter() - start
+  calls = {}
+  for name, function in functions.items():
+    jax.block_until_ready(function(*arguments))
+    once = _chain(function, arguments, 1)
+    calls[name] = 1 if limits is None else max(1, round(_CHAIN_SECONDS / once))
+  times = {name: [] for name in functions}
+  for _ in range(rounds):
+    for name, function in functions.items():
+      times[name].append(_chain(function, arguments, calls[name]))
+  medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+  rows = []
+  for name, seconds in medians.items():
+    others = [s for other, s in medians.items() if other != name]
+    roofline = ""
+    if limits is not None:
+      bandwidth, rates = limits
+      floor = max(case.transferred[grad] / bandwidth, case.operations[grad] / rates[jnp.dtype(case.dtype).name])
+      roofline = floor / seconds
+    rows.append(
+      Row(
+        case.operation,
+        case.name,
+        jnp.dtype(case.dtype).name,
+        "gradient" if grad else "forward",
+        name,
+        seconds * 1e3,
+        seconds / min(others) if others else "",
+        compile_seconds[name],
+        roofline,
+      )
+    )
+  return rows, refused
 
 
 def main() -> None:
-  """Parses the command line and prints a line a shape."""
+  """Parses the command line and prints a table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("operation", nargs="*", choices=[*OPERATIONS, []], default=[])
+  parser.add_argument("operation", nargs="*", choices=[*cases.OPERATIONS, []], default=[])
   parser.add_argument("--grad", action="store_true", help="forward and gradient of all arguments")
+  parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this (default: on CPU float32, else both)")
+  parser.add_argument("--shape", help="only shapes whose name contains this")
   parser.add_argument("--rounds", type=int, default=7)
-  arguments = parser.parse_args()
-  print(
-    f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {'gradient' if arguments.grad else 'forward'}, ms (median)"
-  )
-  for operation in arguments.operation or OPERATIONS:
-    for name, functions, inputs in OPERATIONS[operation](arguments.grad):
-      compiles, times = {}, {form: [] for form in functions}
-      for form, function in functions.items():
-        start = time.perf_counter()
-        compiled = function.lower(*inputs).compile()
-        compiles[form] = time.perf_counter() - start
-        functions[form] = compiled
-        jax.block_until_ready(compiled(*inputs))
-      for _ in range(arguments.rounds):
-        for form, function in functions.items():
-          start = time.perf_counter()
-          jax.block_until_ready(function(*inputs))
-          times[form].append(time.perf_counter() - start)
-      row = "; ".join(f"{f} {statistics.median(t) * 1e3:.1f} (compile {compiles[f]:.1f} s)" for f, t in times.items())
-      print(f"{operation} {name} {tuple(next(iter(inputs)).shape)}: {row}", flush=True)
+  parser.add_argument("--csv", type=pathlib.Path, help="also write a file")
+  flags = parser.parse_args()
+  limits = peaks()
+  device = jax.devices()[0]
+  print(f"jax {jax.__version__}, {device.device_kind}, {'forward and gradient' if flags.grad else 'forward'}, median")
+  if limits is None:
+    flags.dtype = flags.dtype or "float32"
+  else:
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in limits[1].items())
+    print(f"measured here: {limits[0] / 1e12:.2f} TB/s, {rates}")
+  rows = []
+  print(f"{'operation, shape':58}{'dtype':>9}  {'form':14}{'ms':>9}{'ratio':>7}{'compile s':>11}{'roofline':>10}")
+  for operation in flags.operation or cases.OPERATIONS:
+    for case in cases.all_cases(operation):
+      if flags.dtype not in (None, jnp.dtype(case.dtype).name) or (flags.shape or "") not in case.name:
+        continue
+      new, refused = measure(case, flags.grad, flags.rounds, limits)
+      rows += new
+      for row in new:
+        ratio, roofline = (f"{x:.2f}" if x != "" else "" for x in (row.ratio, row.roofline))
+        print(
+          f"{operation + ' ' + row.shape:58}{row.dtype:>9}  {row.implementation:14}{row.milliseconds:9.3f}{ratio:>7}"
+          f"{row.compile_s:11.1f}{roofline:>10}",
+          flush=True,
+        )
+      for name, reason in refused.items():
+        print(f"  {name} left out: {reason}", file=sys.stderr)
+  if flags.csv:
+    with flags.csv.open("w", newline="") as file:
+      writer = csv.writer(file)
+      writer.writerow(field.name for field in dataclasses.fields(Row))
+      writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import optax
 from clu import parameter_overview
 from flax import nnx
 
+from kernels import dispatch
 from lra_jax import checkpoint, errors, flops, metrics, optim, parallel, report, runs
 from lra_jax.data import augment, resident, tasks
 
@@ -96,7 +97,8 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
 
   def loss_fn(params, model_state, inputs, targets_BS, key):
     model = nnx.merge(graphdef, params, model_state)
-    logits_BS = model(inputs, train=True, rngs=nnx.Rngs(dropout=key))
+    with dispatch.batches_split(mesh):
+      logits_BS = model(inputs, train=True, rngs=nnx.Rngs(dropout=key))
     loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
     accuracy = (logits_BS.argmax(-1) == targets_BS.argmax(-1)).mean()
     _, _, model_state = nnx.split(model, nnx.Param, ...)
@@ -166,7 +168,8 @@ def make_eval_call(task, graphdef, mesh):
   def call(weights, data, indices_B, mask_B):
     model = nnx.merge(graphdef, weights["params"], weights["model_state"])
     x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], parallel.sharded(mesh))
-    logits_BS = model(augment.prepare(x_BHWC, task))
+    with dispatch.batches_split(mesh):
+      logits_BS = model(augment.prepare(x_BHWC, task))
     labels_B = data.labels[indices_B]
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
     totals = metrics.EvalMetrics.single_from_model_output(
@@ -255,7 +258,16 @@ def _train_and_test(config, workdir, stop, started):
   eval_call = make_eval_call(task, graphdef, mesh)
   compile_start = time.perf_counter()
   indices = jax.ShapeDtypeStruct((plan.steps_per_call, plan.batch_size), jnp.int32)
-  traced = train_call.trace(state, data["train"], indices)
+  try:
+    with dispatch.recording() as choices:
+      traced = train_call.trace(state, data["train"], indices)
+  except dispatch.UnsupportedError as error:
+    raise errors.UserError(
+      f"config.model.implementation: {error}; without it the best that can serve is taken"
+    ) from error
+  for operation, implementations in choices.items():
+    for implementation, reason in implementations.items():
+      print(f"kernels.{operation}: {implementation} ({reason})")
   operations = flops.count(traced.jaxpr) / plan.steps_per_call
   train_call = traced.lower().compile()
   compile_seconds = time.perf_counter() - compile_start
@@ -374,6 +386,7 @@ def _train_and_test(config, workdir, stop, started):
     "total_seconds": round(time.perf_counter() - started, 3),
     "peak_memory_bytes": stats.get("peak_bytes_in_use", memory),
     "gflop_per_step": round(operations / 1e9, 3),
+    "kernels": choices,
     "device": parallel.describe(mesh),
     "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
   }

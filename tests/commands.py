@@ -27,5 +27,6 @@ def command(module: str, *arguments) -> list[str]:
 
 def options(**keywords) -> dict:
   """Keyword arguments for subprocess: from the checkout, text, both streams captured."""
-  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUMPY_RANK_PROMOTION": "raise"} | keywords.pop("env", {})
+  inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}  # conftest's
+  env = inherited | {"PYTHONPATH": str(ROOT), "JAX_NUMPY_RANK_PROMOTION": "raise"} | keywords.pop("env", {})
   return {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env} | keywords

@@ -3,7 +3,13 @@
 import os
 import subprocess
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest tests/kernels/test_native.py, on a GPU
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Compiling takes most of the time of tests in this process; without LLVM's optimisations it is half. Commands that
+  # tests start run as users run them (commands.options).
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Threads of XLA on CPU. Interpreted kernels block one for every warpgroup that waits, and hang when none is left.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

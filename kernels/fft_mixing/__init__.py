@@ -5,7 +5,12 @@ Axes: B batch, L tokens, D width. With C and S the cosine and sine matrices of a
   y = Re(F_L(F_D(x))) = C_L x C_D − S_L x S_D
 
 unnormalised. The operator is real and symmetric, so it is its own gradient, and nothing is kept for it.
+
+On Hopper GPUs "mosaic" folds x to a quarter along its symmetries, and multiplies it by matrices of cosines and sines
+in two kernels, of which the second unfolds the result as well: no complex numbers, and half of x in between.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,14 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.fft_mixing import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.mixing, "xla": xla.half, "folded": xla.folded}
+
+def _mosaic(x_BLD):
+  from kernels.fft_mixing import mosaic  # loads Pallas
+
+  return mosaic.mixing(x_BLD)
+
+
+IMPLEMENTATIONS = {"reference": reference.mixing, "xla": xla.half, "folded": xla.folded, "mosaic": _mosaic}
 
 
 def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -22,20 +34,30 @@ def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Ar
   Args:
     x_BLD: inputs, float32 or bfloat16.
     implementation: "reference" (the complex transform), "xla" (the half of it that a real x needs), "folded" (products
-      of real matrices, in bfloat16 if x is) or None: "xla", but "folded" on CPU where that is faster.
+      of real matrices, in bfloat16 if x is), "mosaic" (the same as kernels for Hopper GPUs, in bfloat16 or TF32) or
+      None: "mosaic" for bfloat16 up to 2048 tokens where it can serve, since TF32 is less accurate than the transform;
+      else "xla", but "folded" on CPU where that is faster.
 
   Returns:
     (B, L, D) in x's dtype.
 
   Raises:
-    ValueError: x has not three axes, none of them empty, or another dtype; or an unknown implementation.
+    ValueError: x has not three axes, none of them empty, or another dtype; an unknown implementation; or "mosaic" where
+      it cannot serve, with the reason.
   """
   if x_BLD.ndim != 3 or 0 in x_BLD.shape:
     raise ValueError(f"fft_mixing: x has shape {x_BLD.shape}, expected 3 axes, none of length 0")
   if x_BLD.dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f"fft_mixing: x is {x_BLD.dtype}, expected float32 or bfloat16")
   default = "folded" if dispatch.platform() == "cpu" and _folded_is_faster(*x_BLD.shape[1:]) else "xla"
-  return dispatch.choose("fft_mixing", IMPLEMENTATIONS, implementation, default)(x_BLD)
+  refuse = functools.partial(_refuse, x_BLD, by_default=implementation is None)
+  return dispatch.choose("fft_mixing", IMPLEMENTATIONS, implementation, default, refuse)(x_BLD)
+
+
+def _refuse(x_BLD, by_default):
+  from kernels.fft_mixing import mosaic  # loads Pallas
+
+  return mosaic.refuse(x_BLD, by_default)
 
 
 def _folded_is_faster(length: int, width: int) -> bool:

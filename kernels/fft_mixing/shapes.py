@@ -1,6 +1,12 @@
-"""Shapes of the operation: the lengths of LRA's Image and Text, FNet-Base as published, digits, and the corners."""
+"""Shapes of the operation: FNet-Base as published, LRA's Image, Text and Path-X, digits, and the corners."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels import cases as common
 
 
 class Shape(NamedTuple):
@@ -13,11 +19,40 @@ class Shape(NamedTuple):
 
 FFT_MIXING = {
   "digits": Shape(64, 64, 64),
-  "fnet_tokens256_width128": Shape(16, 256, 128),
-  "fnet_lra_image": Shape(16, 1024, 256),
-  "fnet_tokens256_width1024": Shape(16, 256, 1024),
-  "fnet_base": Shape(16, 512, 768),
-  "fnet_tokens1024_width1024": Shape(8, 1024, 1024),
-  "fnet_lra_text": Shape(4, 4096, 256),
-  "fnet_tokens4096_width1024": Shape(2, 4096, 1024),
+  "fnet_tokens256_width128": Shape(64, 256, 128),
+  "fnet_lra_image": Shape(64, 1024, 256),
+  "fnet_tokens256_width1024": Shape(64, 256, 1024),
+  "fnet_base": Shape(64, 512, 768),
+  "fnet_tokens1024_width1024": Shape(16, 1024, 1024),
+  "fnet_lra_text": Shape(32, 4096, 256),
+  "fnet_tokens4096_width1024": Shape(4, 4096, 1024),
+  "fnet_path_x": Shape(8, 16384, 128),
 }
+
+
+def cases() -> Iterator[common.Case]:
+  """All shapes in float32 and bfloat16; "mosaic" where it serves."""
+  from kernels.fft_mixing import fft_mixing, mosaic
+
+  for name, shape in FFT_MIXING.items():
+    batch, tokens, width = shape
+    for dtype in (jnp.float32, jnp.bfloat16):
+      x_BLD = jax.ShapeDtypeStruct(shape, dtype)
+      serves = () if mosaic.refuse(x_BLD) else ("mosaic",)
+      # x is read and y written; the gradient does the same with dy and dx.
+      transferred = 2.0 * x_BLD.size * x_BLD.dtype.itemsize
+      # Two products each with quarter matrices of D and with halves of quarter matrices of L for every half of y.
+      operations = batch * tokens * width * (width / 2 + tokens / mosaic.halves(tokens))
+      yield common.Case(
+        operation="fft_mixing",
+        name=name,
+        dtype=dtype,
+        run=fft_mixing,
+        draw=lambda rng, shape=shape: (rng.randn(*shape),),
+        arguments=(x_BLD,),
+        implementations=("reference", "xla", "folded", *serves),
+        batched=(True,),
+        differentiate=(0,),
+        transferred=(transferred, 2 * transferred),
+        operations=(operations, 2 * operations),
+      )

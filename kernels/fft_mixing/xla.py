@@ -10,6 +10,7 @@ has a large prime factor: the products grow with L + D, the transform with log(L
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,14 @@ import numpy as np
 from jax import lax
 
 
-def _self_adjoint(form):
+def self_adjoint(form: Callable) -> Callable:
   """`form`, a symmetric linear operator, with itself as gradient."""
   mixing = jax.custom_vjp(form)
   mixing.defvjp(lambda x_BLD: (mixing(x_BLD), None), lambda _, dy_BLD: (mixing(dy_BLD),))
   return mixing
 
 
-@_self_adjoint
+@self_adjoint
 def half(x_BLD: jax.Array) -> jax.Array:
   """Re(FFT over L and D) of float32 or bfloat16, computed in float32; the result in x's dtype."""
   width = x_BLD.shape[2]
@@ -36,12 +37,11 @@ def half(x_BLD: jax.Array) -> jax.Array:
   return jnp.concatenate([y_BLE, rest_BLE], axis=2)
 
 
-@_self_adjoint
+@self_adjoint
 def folded(x_BLD: jax.Array) -> jax.Array:
   """Re(FFT over L and D); a bfloat16 x has bfloat16 products with float32 sums. The result is in x's dtype."""
   _, length, width = x_BLD.shape
-  even, odd = _fold(x_BLD.astype(jnp.float32), 1)
-  p, q = _fold(even, 2)[0], _fold(odd, 2)[1]
+  p, q = fold(x_BLD.astype(jnp.float32))
   (cos_L, sin_L), (cos_D, sin_D) = _matrices(length), _matrices(width)
   p = _product("kl,ble->bke", cos_L, _product("bld,de->ble", p, cos_D, x_BLD.dtype), x_BLD.dtype)
   q = _product("kl,ble->bke", sin_L, _product("bld,de->ble", q, sin_D, x_BLD.dtype), x_BLD.dtype)
@@ -66,6 +66,12 @@ def _product(equation, x, y, dtype):
   """A product with operands in `dtype` and a float32 sum; float32 operands without the shortcuts of tensor cores."""
   x, y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
   return jnp.einsum(equation, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def fold(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The part of x that is even along L and D, (B, ⌊L/2⌋ + 1, ⌊D/2⌋ + 1), and the odd one without its zeros."""
+  even, odd = _fold(x_BLD, 1)
+  return _fold(even, 2)[0], _fold(odd, 2)[1]
 
 
 def _fold(x, axis):

@@ -12,6 +12,9 @@ recurrence in the other direction:
   dx_t = conj(a_{t+1}) ⊙ dx_{t+1} + g_t,   da_t = conj(h_{t−1}) ⊙ dx_t   (summed over B and T where a is constant)
 
 so that nothing but a and the result h is kept for it. Carries are float32 whatever x's dtype.
+
+"mosaic" is a Pallas kernel for Hopper GPUs that crosses device memory once: x is read, h written. Its blocks keep the
+state in registers and find the states between parts of a chunk of time in shared memory. Backward is the same kernel.
 """
 
 import jax
@@ -20,10 +23,18 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.linear_recurrence import reference, xla
 
+
+def _mosaic(*arguments):
+  from kernels.linear_recurrence import mosaic
+
+  return mosaic.recurrence(*arguments)
+
+
 IMPLEMENTATIONS = {
   "reference": reference.recurrence,
   "sequential": xla.sequential,
   "associative": xla.associative,
+  "mosaic": _mosaic,
 }
 
 
@@ -42,18 +53,25 @@ def linear_recurrence(
     x_re_BTN, x_im_BTN: real and imaginary part of the inputs, both float32 or both bfloat16.
     a_re, a_im: the diagonal, (N,) if constant or (B, T, N), one for every step; computed with in float32.
     reverse: whether to run from the last step to the first (h_t = a_t ⊙ h_{t+1} + x_t).
-    implementation: "reference", "sequential" (a loop over time), "associative" (a parallel scan, ⌈log₂ T⌉ levels) or
-      None: "sequential" on CPU, "associative" elsewhere.
+    implementation: "reference", "sequential" (a loop over time), "associative" (a parallel scan, ⌈log₂ T⌉ levels),
+      "mosaic" (Hopper GPUs; float32 arithmetic, |a| up to 2.5) or None: "sequential" on CPU, elsewhere "mosaic" if it
+      can serve, else "associative".
 
   Returns:
     Real and imaginary part of the states, each (B, T, N) in x's dtype.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    ValueError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot serve.
   """
   _check(x_re_BTN, x_im_BTN, a_re, a_im)
+
+  def refuse():
+    from kernels.linear_recurrence import mosaic
+
+    return mosaic.refuse(x_re_BTN)
+
   default = "sequential" if dispatch.platform() == "cpu" else "associative"
-  run = dispatch.choose("linear_recurrence", IMPLEMENTATIONS, implementation, default)
+  run = dispatch.choose("linear_recurrence", IMPLEMENTATIONS, implementation, default, refuse)
   # (1, 1, N) and (B, T, N) are read alike.
   a_re, a_im = (a.astype(jnp.float32).reshape((1,) * (3 - a.ndim) + a.shape) for a in (a_re, a_im))
   return run(x_re_BTN, x_im_BTN, a_re, a_im, bool(reverse))

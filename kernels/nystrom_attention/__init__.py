@@ -8,14 +8,24 @@ of an iteration that starts from a multiple of the transpose (equations 11, 13 a
 
 Cost and memory grow with L·M. The official code (mlpen/Nystromformer) takes the multiple from the largest value in the
 whole batch, so that an example's output depends on the others; that is `pinv_init="global"`, not the default.
+
+On a Hopper GPU two kernels stream tokens past the landmarks and keep both L×M softmaxes on the chip, in the forward
+pass and, computed anew, in the backward pass; means, pseudo-inverse and skip convolution are XLA's.
 """
 
 import jax
 
 from kernels import dispatch
-from kernels.nystrom_attention import reference
+from kernels.nystrom_attention import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.nystrom_attention}
+
+def _mosaic(*arrays, **options):
+  from kernels.nystrom_attention import mosaic
+
+  return mosaic.nystrom_attention(*arrays, **options)
+
+
+IMPLEMENTATIONS = {"reference": reference.nystrom_attention, "xla": xla.nystrom_attention, "mosaic": _mosaic}
 PINV_INITS = ("per_matrix", "global")
 
 
@@ -41,14 +51,18 @@ def nystrom_attention(
     pinv_init: the multiple that the iteration starts from: "per_matrix", 1 / (largest column sum) of every matrix, or
       "global", the same of the whole batch, as published results have it.
     mask_BL: 1 for tokens, 0 for padding: padding is no key, and counts as zeros in the means of the segments.
-    implementation: "reference" or None (the best that can serve).
+    implementation: "reference"; "xla", the same without anything of size L·M kept for the gradient; "mosaic", kernels
+      for Hopper GPUs with at most 128 landmarks and heads of width 128 at most, where products of float32 inputs are
+      three bfloat16 products of their high and low halves (relative error about 1e-5); or None, "mosaic" where it can
+      serve, else "xla".
 
   Returns:
     (B, L, N, K) in the dtype of v. Products of bfloat16 inputs are bfloat16 with float32 sums; softmax and
     pseudo-inverse are float32.
 
   Raises:
-    ValueError: shapes that do not fit, more landmarks than tokens, an even filter, an unknown option.
+    ValueError: shapes that do not fit, more landmarks than tokens, an even filter, an unknown option, or an
+      implementation that cannot serve.
   """
   if not q_BLNK.shape == k_BLNK.shape == v_BLNK.shape or q_BLNK.ndim != 4:
     raise ValueError(
@@ -63,7 +77,13 @@ def nystrom_attention(
     raise ValueError(f"nystrom_attention: w_skip has shape {w_skip_RN.shape}, expected (odd, {heads})")
   if mask_BL is not None and mask_BL.shape != q_BLNK.shape[:2]:
     raise ValueError(f"nystrom_attention: mask has shape {mask_BL.shape}, expected {q_BLNK.shape[:2]}")
-  run = dispatch.choose("nystrom_attention", IMPLEMENTATIONS, implementation, "reference")
+
+  def refuse():
+    from kernels.nystrom_attention import mosaic
+
+    return mosaic.refuse(q_BLNK, k_BLNK, v_BLNK, landmarks)
+
+  run = dispatch.choose("nystrom_attention", IMPLEMENTATIONS, implementation, "xla", refuse)
   return run(
     q_BLNK,
     k_BLNK,

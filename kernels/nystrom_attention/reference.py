@@ -31,8 +31,11 @@ def nystrom_attention(q_BLNK, k_BLNK, v_BLNK, w_skip_RN, *, landmarks, pinv_iter
   return out.astype(v_BLNK.dtype)
 
 
+# The products' operands are converted, as XLA on CPU has no bfloat16 product with a float32 result for some layouts.
+
+
 def _scores(q, k):
-  return jnp.einsum("blnk,bmnk->bnlm", q, k, preferred_element_type=jnp.float32)
+  return jnp.einsum("blnk,bmnk->bnlm", q.astype(jnp.float32), k.astype(jnp.float32))
 
 
 def _softmax(scores):
@@ -41,7 +44,7 @@ def _softmax(scores):
 
 def _apply(weights_BNLM, v_BMNK):
   weights = weights_BNLM.astype(v_BMNK.dtype)
-  return jnp.einsum("bnlm,bmnk->blnk", weights, v_BMNK, preferred_element_type=jnp.float32)
+  return jnp.einsum("bnlm,bmnk->blnk", weights.astype(jnp.float32), v_BMNK.astype(jnp.float32))
 
 
 def segment_means(x_BLNK: jax.Array, landmarks: int) -> jax.Array:

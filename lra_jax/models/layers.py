@@ -197,7 +197,8 @@ def attend(q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array, *, rate=0.0,
     weights = jax.nn.softmax(scores * q_BLNK.shape[-1] ** -0.5).astype(v_BLNK.dtype)
     return jnp.einsum("bnlm,bmnk->blnk", dropout(weights, rate, key), v_BLNK)
   if implementation is None:
-    flash = dispatch.platform() == "gpu" and q_BLNK.dtype == jnp.bfloat16
+    # Compiling for a GPU that is not there, there is no cuDNN to ask either.
+    flash = dispatch.platform() == jax.default_backend() == "gpu" and q_BLNK.dtype == jnp.bfloat16
     implementation = "cudnn" if flash else "xla"
   return jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, implementation=implementation)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import kernels.lipschitz_rnn
 from lra_jax import errors
 from lra_jax.models import layers
 
@@ -26,7 +27,6 @@ LIPSCHITZ_RNN = {
   # Ours, for 64 steps: larger steps in time.
   "lipschitz_rnn_digits": dict(width=128, epsilon=0.2),
 }
-METHODS = ("euler", "midpoint", "rk4")
 
 
 class LipschitzRnn(nnx.Module):
@@ -51,6 +51,7 @@ class LipschitzRnn(nnx.Module):
     dropout: float = 0.0,
     remat: bool = False,
     unroll: int = 1,
+    implementation: str | None = None,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -69,18 +70,20 @@ class LipschitzRnn(nnx.Module):
       gated: ḣ = (A h + tanh(W h + z_t)) ⊙ σ(W h + E_g x_t + b_g), by Euler's method.
       init_std: B and C are drawn from N(0, (init_std / D)²).
       dropout: rate of the last state (not in the paper).
-      remat: recompute every step in the backward pass instead of keeping its activations.
+      remat: taken for the sake of all models' settings: the backward pass keeps nothing but the states in any case.
       unroll: steps in one iteration of the loop.
+      implementation: of the recurrence, see `kernels.lipschitz_rnn`.
       dtype: of the products; the state is float32.
       rngs: streams `params` (here) and `dropout` (in the call).
 
     Raises:
       UserError: an unknown method, a gate with another method than Euler's, or a patch that does not fit the input.
     """
-    errors.check_known("config.model.method:", method, METHODS)
+    del remat
+    errors.check_known("config.model.method:", method, kernels.lipschitz_rnn.METHODS)
     if gated and method != "euler":
       raise errors.UserError(f"config.model.method={method!r}: the gated form is defined for 'euler' alone")
-    self.dtype, self.remat, self.unroll, self.dropout = jnp.dtype(dtype), remat, unroll, dropout
+    self.dtype, self.unroll, self.implementation, self.dropout = jnp.dtype(dtype), unroll, implementation, dropout
     self.beta, self.gamma, self.epsilon, self.method = beta, gamma, epsilon, method
     fan_in = input_shape[-1] * patch_size**2 if len(input_shape) > 1 else vocab_size
     init = layers.torch_uniform(fan_in)
@@ -100,43 +103,18 @@ class LipschitzRnn(nnx.Module):
 
   def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
     """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
-    z_LBD = self.encoder(x).swapaxes(0, 1)
-    inputs = (z_LBD, self.gate(x).swapaxes(0, 1)) if self.gate is not None else (z_LBD,)
-    w_D2D = jnp.concatenate(self.matrices(), axis=1).astype(self.dtype)  # h A and h W are one product
-    width = w_D2D.shape[0]
-
-    def products(h):
-      both = jnp.matmul(h.astype(self.dtype), w_D2D, preferred_element_type=jnp.float32)
-      return both[:, :width], both[:, width:]
-
-    def velocity(h, z):
-      ha, hw = products(h)
-      return ha + jnp.tanh(hw + z)
-
-    def step(h, inputs):
-      z, *gate = (i.astype(jnp.float32) for i in inputs)
-      if gate:
-        ha, hw = products(h)
-        return h + self.epsilon * (ha + jnp.tanh(hw + z)) * jax.nn.sigmoid(hw + gate[0]), None
-      return integrate(self.method, lambda h: velocity(h, z), h, self.epsilon), None
-
-    h = jnp.zeros((len(x), width), jnp.float32)
-    h, _ = jax.lax.scan(jax.checkpoint(step) if self.remat else step, h, inputs, unroll=self.unroll)
+    h = kernels.lipschitz_rnn.lipschitz_rnn(
+      self.encoder(x),
+      *self.matrices(),
+      epsilon=self.epsilon,
+      method=self.method,
+      gate_BTD=None if self.gate is None else self.gate(x),
+      last=True,
+      unroll=self.unroll,
+      implementation=self.implementation,
+    )
     key = rngs.dropout() if train and self.dropout else None
     return self.head(layers.dropout(h, self.dropout, key))
-
-
-def integrate(method: str, f, h: jax.Array, epsilon: float) -> jax.Array:
-  """One step of ḣ = f(h) over the time epsilon; `method` is one of METHODS."""
-  k1 = f(h)
-  if method == "euler":
-    return h + epsilon * k1
-  if method == "midpoint":
-    return h + epsilon * f(h + epsilon / 2 * k1)
-  k2 = f(h + epsilon / 3 * k1)
-  k3 = f(h + epsilon * (k2 - k1 / 3))
-  k4 = f(h + epsilon * (k1 - k2 + k3))
-  return h + epsilon / 8 * (k1 + 3 * (k2 + k3) + k4)
 
 
 def _shape_spectrum(m_DD, beta, gamma):

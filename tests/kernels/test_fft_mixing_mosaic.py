@@ -1,0 +1,136 @@
+"""The Mosaic GPU kernels of kernels.fft_mixing: interpreted against NumPy's transform in float64, and compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from kernels import compile, dispatch
+from kernels.fft_mixing import fft_mixing, mosaic
+
+BOUNDS = {jnp.float32: 1e-3, jnp.bfloat16: 1e-2}  # relative to the norm; the interpreter does not round to TF32
+every_dtype = pytest.mark.parametrize("dtype", list(BOUNDS))
+pytestmark = pytest.mark.timeout(240, method="thread")
+
+
+def truth(x_BLD):
+  return np.fft.fft2(np.asarray(x_BLD, np.float64)).real
+
+
+def error(x, y):
+  return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+
+
+def normal(shape, dtype, seed):
+  return jnp.asarray(np.random.RandomState(seed).randn(*shape), dtype)
+
+
+def on_kernel(x_BLD):
+  return fft_mixing(x_BLD, implementation="mosaic")
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 16, 128), (3, 3, 128), (2, 33, 256), (1, 140, 128), (1, 272, 128)])
+def test_equals_numpy_with_gradient(interpreter, dtype, shape):
+  """One tile and several, of rows, of columns and of steps, with rows that fill no tile; the gradient is the same."""
+  seed = sum(shape)
+  x, g = normal(shape, dtype, seed), normal(shape, dtype, seed + 1)
+
+  @jax.jit
+  def both(x, g):
+    y, pull = jax.vjp(on_kernel, x)
+    return y, pull(g)[0]
+
+  y, dx = both(x, g)
+  assert y.dtype == dx.dtype == dtype
+  assert error(y, truth(x)) < BOUNDS[dtype]
+  assert error(dx, truth(g)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_of_a_sample_reaches_another(interpreter, seed):
+  """Not even a NaN, and every sample is as if it were alone."""
+  x = normal((3, 24, 128), jnp.bfloat16, seed)
+  y = jax.jit(on_kernel)(x.at[seed].set(jnp.nan))
+  alone = truth(x)
+  for sample in range(3):
+    if sample == seed:
+      assert np.isnan(np.asarray(y[sample], np.float64)).all()
+    else:
+      assert error(y[sample], alone[sample]) < BOUNDS[jnp.bfloat16]
+
+
+@pytest.mark.parametrize("length,width", [(16, 128), (21, 128)])
+def test_a_wave_has_one_frequency(interpreter, length, width):
+  """cos(2π(3n/L + 5d/D)) gives LD/2 at (3, 5) and its mirror image, nothing elsewhere: no bin is out of place."""
+  n, d = np.arange(length)[:, None], np.arange(width)
+  x = jnp.asarray(np.cos(2 * np.pi * (3 * n / length + 5 * d / width))[None], jnp.float32)
+  y = np.asarray(jax.jit(on_kernel)(x))[0]
+  expected = np.zeros((length, width))
+  expected[3, 5] = expected[-3, -5] = length * width / 2
+  np.testing.assert_allclose(y, expected, atol=2e-3 * length * width / 2)
+
+
+def test_vmap_and_a_mesh_of_one_device(interpreter):
+  x = normal((2, 2, 8, 128), jnp.bfloat16, 5)
+  assert error(jax.jit(jax.vmap(on_kernel))(x), truth(x)) < BOUNDS[jnp.bfloat16]
+  spec = PartitionSpec("data")
+  mapped = jax.shard_map(
+    jax.grad(lambda x: (on_kernel(x).astype(jnp.float32) ** 2).sum() / 2),
+    mesh=Mesh(np.array(jax.devices()[:1]), ("data",)),
+    in_specs=spec,
+    out_specs=spec,
+    check_vma=False,
+  )
+  assert error(jax.jit(mapped)(x[0]), truth(truth(x[0]))) < 2 * BOUNDS[jnp.bfloat16]
+
+
+def test_float32_of_any_size_is_rounded_to_eleven_bits():
+  x = np.random.RandomState(0).randn(4096).astype(np.float32) * np.logspace(-30, 30, 4096, dtype=np.float32)
+  rounded = np.asarray(mosaic.rounded(jnp.asarray(x), jnp.float32))
+  assert not (rounded.view(np.uint32) & 0x1FFF).any()
+  assert (np.abs(rounded - x) <= 2.0**-11 * np.abs(x)).all()
+
+
+@pytest.mark.skipif(compile.missing() is not None, reason=f"{compile.missing()}")
+def test_checkpoint_compiles():
+  x = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16)
+
+  def loss(x):
+    return (jax.checkpoint(lambda x: on_kernel(jnp.sin(x)))(x).astype(jnp.float32) ** 2).sum()
+
+  program = compile.compile_for_h200(jax.grad(loss), x)
+  assert {kernel.name for kernel in program.kernels} == {"fft_mixing_by_width", "fft_mixing_by_length"}
+
+
+@pytest.mark.parametrize(
+  "shape,dtype,reason",
+  [
+    ((1, 16, 64), jnp.bfloat16, "the width must be a multiple of 128.*, and it is 64"),
+    ((1, 2, 128), jnp.bfloat16, "there must be at least 3 tokens, and there are 2"),
+    ((1, 16384, 128), jnp.bfloat16, "there are 16384 tokens, and"),
+  ],
+)
+def test_refusals_say_why(interpreter, shape, dtype, reason):
+  with pytest.raises(ValueError, match=f"implementation='mosaic' cannot serve: {reason}"):
+    jax.eval_shape(on_kernel, jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize(
+  "platform,shape,dtype,expected,reason",
+  [
+    (("gpu",), (2, 1024, 256), jnp.bfloat16, "mosaic", "suit"),
+    (("gpu",), (2, 1024, 256), jnp.float32, "xla", "TF32"),
+    (("gpu",), (2, 4096, 256), jnp.bfloat16, "xla", "4096 tokens"),
+    (("gpu",), (2, 64, 64), jnp.bfloat16, "xla", "multiple of 128"),
+    (("gpu", "8.0"), (2, 1024, 256), jnp.bfloat16, "xla", "it needs an NVIDIA Hopper GPU"),
+    (("cpu",), (2, 1024, 256), jnp.bfloat16, "xla", "this is cpu"),
+    (("cpu",), (2, 256, 254), jnp.bfloat16, "folded", "this is cpu"),
+  ],
+)
+def test_default_takes_it_where_it_is_faster_and_as_accurate(platform, shape, dtype, expected, reason):
+  with dispatch.compiling_for(*platform), dispatch.recording() as choices:
+    jax.make_jaxpr(lambda x: fft_mixing(x))(jax.ShapeDtypeStruct(shape, dtype))
+  ((name, why),) = choices["fft_mixing"].items()
+  assert name == expected and reason in why

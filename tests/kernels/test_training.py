@@ -1,0 +1,53 @@
+"""Models train with the interpreted GPU kernels as they do with XLA: the same losses, step after step."""
+
+import jax
+import numpy as np
+import pytest
+
+from kernels import dispatch
+from lra_jax import config as config_lib
+from lra_jax import parallel, train
+from lra_jax.data import resident, sources, tasks
+
+BATCH, SIDE, CLASSES = 8, 4, 4
+# Steps are many where they are cheap: every call of a kernel takes a good second.
+MODELS = {
+  "fnet": (50, dict(width=128, depth=1, mlp_hidden=16)),
+  "nystromformer": (4, dict(width=32, depth=1, heads=1, landmarks=4, patch_size=1)),
+  "sequencer2d": (2, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
+  "vanilla_sequencer": (2, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
+  "lipschitz_rnn": (10, dict(width=64)),
+  "s5": (10, dict(width=8, states=8, ssm_blocks=1, depth=1)),
+  "lru": (10, dict(width=8, states=8, depth=1)),
+}
+
+
+def losses(family, implementation, steps, fields):
+  config = config_lib.load(f"configs/{family}.py", "digits")
+  config.train.batch_size = BATCH
+  for name, value in (fields | {"implementation": implementation}).items():
+    config.model[name] = value
+  rng = np.random.RandomState(0)
+  labels = np.arange(2 * BATCH, dtype=np.int32) % CLASSES
+  images = rng.randint(0, 100, (len(labels), SIDE, SIDE, 1)) + 30 * labels.reshape(-1, 1, 1, 1)
+  task = tasks.Task("tiny", (SIDE, SIDE, 1), tuple("abcd"), (0.5,), (0.25,), dict)
+  schedule = lambda step: 3e-3
+  mesh = parallel.make_mesh(1)
+  graphdef, state, optimizer = train.init_state(config, task, schedule)
+  call = train.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
+  data = resident.put(sources.Split(images.astype(np.uint8), labels), parallel.replicated(mesh))
+  result = []
+  for row in resident.train_indices(len(labels), BATCH, 0, steps, seed=0):
+    state, values = call(state, data, row[None])
+    result.append(float(jax.device_get(values["loss"][0])))
+  return np.array(result)
+
+
+@pytest.mark.timeout(300, method="thread")
+@pytest.mark.parametrize("family", MODELS)
+def test_training_follows_xla(family, interpreter):
+  steps, fields = MODELS[family]
+  with dispatch.recording() as choices:
+    ours = losses(family, "mosaic", steps, fields)
+  assert any("mosaic" in implementations for implementations in choices.values())
+  np.testing.assert_allclose(ours, losses(family, None, steps, fields), rtol=2e-3)

@@ -2,7 +2,7 @@
 # make test    sets everything up and runs the tests
 # make setup   the environment alone, in .venv
 # make parity  the tests against public PyTorch implementations, in an environment of their own (several GB)
-# make kernels the GPU kernels compiled for an H200 without one, in an environment of its own; JAX=0.11.2 takes that JAX
+# make kernels the GPU kernels compiled for an H200 without one, in an environment of its own; JAX=0.11.2: bfloat16, with that JAX
 # make lint    ruff, as CI runs it
 
 # Any of these that is 3.12 or newer; PYTHON=... overrides.
@@ -26,7 +26,7 @@ parity: .venv-parity/ready
 	.venv-parity/bin/python -m pytest -q tests/parity
 
 kernels: $(KERNELS)/ready
-	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py
+	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py $(if $(JAX),-k 'bfloat16 or training')
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -27,7 +27,14 @@ def test_no_spills_no_serialised_products_and_memory_within_limits(case, grad):
     assert not kernel.instructions.get("LDL") and not kernel.instructions.get("STL"), kernel
 
 
-@pytest.mark.parametrize("case,grad", [case for case in CASES if "bfloat16" in case.id])
+# One shape of every operation: in how the batch is split the others do not differ.
+FIRST = {case.values[0].operation: case.values[0].name for case in reversed(CASES)}
+
+
+@pytest.mark.parametrize(
+  "case,grad",
+  [c for c in CASES if "bfloat16" in c.id and FIRST[c.values[0].operation] == c.values[0].name],
+)
 def test_four_devices_need_no_gathering(case, grad):
   """Under `dispatch.batches_split` every device runs the kernel on its part of the batch."""
   mesh = compile.mesh(4)

@@ -59,7 +59,7 @@ _MARKS = "<!-- written by kernels.compile -->", "<!-- end of what kernels.compil
 _EXPLANATION = """jax {}; written by `python -m kernels.compile --out docs/kernels.md`. Least time: bytes at 4.3 TB/s or
 products at 780 (bfloat16) or 390 (TF32) TFLOP/s, the larger of the two, in the form that the kernel takes; it does not
 know that steps follow each other. After each kernel: registers per thread, KiB of shared memory, threads per block,
-blocks a multiprocessor holds, instructions of the tensor cores (HGMMA) in the machine code. There are no spills."""
+blocks a multiprocessor holds, instructions of the tensor cores (HGMMA) in the machine code."""
 _HEADER = "| operation, shape | dtype | what | least µs | steps | kernels |", "|---|---|---|---|---|---|"
 _programs = itertools.count()
 
@@ -215,22 +215,24 @@ def main() -> None:
   flags = parser.parse_args()
   if (lacking := missing()) is not None:
     sys.exit(f"error: cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
-  lines = [_EXPLANATION.format(jax.__version__), "", *_HEADER]
+  lines, spilled = [_EXPLANATION.format(jax.__version__), "", *_HEADER], 0
   for operation in flags.operation or cases.OPERATIONS:
     for case in cases.all_cases(operation):
       if "mosaic" not in case.implementations:
         continue
       for grad in (False, True):
-        lines.append(_row(case, grad))
+        program = compile_for_h200(case.function("mosaic", grad), *case.arguments)
+        spilled += sum(kernel.spilled for kernel in program.kernels)
+        lines.append(_row(case, grad, program))
         print(lines[-1], flush=True)
+  lines += ["", f"Bytes of registers spilled to memory, all kernels together: {spilled}."]
   if flags.out:
     before, rest = flags.out.read_text().split(_MARKS[0])
     after = rest.split(_MARKS[1])[1]
     flags.out.write_text("\n".join([before + _MARKS[0], *lines, _MARKS[1] + after]))
 
 
-def _row(case: cases.Case, grad: bool) -> str:
-  program = compile_for_h200(case.function("mosaic", grad), *case.arguments)
+def _row(case: cases.Case, grad: bool, program: Program) -> str:
   rate = 780e12 if case.dtype == jnp.bfloat16 else 390e12
   least = max(case.transferred[grad] / 4.3e12, case.operations[grad] / rate) * 1e6
   kernels = "; ".join(

@@ -138,6 +138,8 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> Trained:
   if not (workdir / "config.json").is_file():
     raise errors.UserError(f"--workdir {workdir} holds no run (no config.json); give the folder of a training run")
   config = config_lib.from_json((workdir / "config.json").read_text())
+  if config.model.get("implementation"):
+    config.model.implementation = None  # what served in training, on a GPU say, may not serve here
   task = tasks.get(config.task.name)
   if not (workdir / "checkpoints").is_dir():
     raise errors.UserError(f"--workdir {workdir} holds no checkpoint yet")

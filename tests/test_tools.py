@@ -13,8 +13,8 @@ import pytest
 from commands import ROOT, command, options
 from PIL import Image
 
-from lra_jax import errors, predict
-from lra_jax.data import sources
+from lra_jax import errors, predict, runs
+from lra_jax.data import augment, sources, tasks
 
 SMALL = ("--config.model.depths=(1,)", "--config.model.patch_sizes=(4,)", "--config.model.embed_dims=(64,)",
          "--config.model.hidden_sizes=(16,)", "--config.train.batch_size=128", "--config.optim.learning_rate=0.02",
@@ -53,6 +53,17 @@ def test_predict_reads_real_digits(workdir, python, tmp_path):
   assert sum(int(t[0].split()[0]) == label for t, label in zip(top, labels, strict=False)) >= 17
 
 
+def test_a_run_trained_with_gpu_kernels_is_read_without_a_gpu(workdir, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(workdir, folder)
+  config = json.loads((folder / "config.json").read_text())
+  config["model"]["implementation"] = "mosaic"
+  (folder / "config.json").write_text(json.dumps(config))
+  images = augment.prepare(sources.digits()["test"].inputs[:8], tasks.get("digits"))
+  logits, expected = (runs.load(path).model(images) for path in (folder, workdir))
+  np.testing.assert_array_equal(logits, expected)
+
+
 def test_pictures_of_any_kind(tmp_path):
   rgba = np.zeros((8, 8, 4), np.uint8)
   rgba[:4] = (200, 100, 50, 255)  # the lower half is transparent
@@ -84,9 +95,10 @@ def test_missing_cifar10_says_where_it_looked_and_what_to_do(refused, tmp_path):
 
 def test_importing_touches_nothing_large_and_no_device():
   code = (
-    "import sys, lra_jax, kernels, kernels.lstm, lra_jax.models, lra_jax.train, lra_jax.interop, lra_jax.data.tasks\n"
+    "import sys, kernels.cases, lra_jax.models, lra_jax.train, lra_jax.interop, lra_jax.data.tasks\n"
     "import jax._src.xla_bridge as bridge\n"
-    "print([m for m in ('tensorflow', 'torch', 'tensorflow_datasets', 'sklearn', 'matplotlib') if m in sys.modules], "
+    "large = 'tensorflow', 'torch', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'kernels.mosaic'\n"
+    "print([m for m in large if m in sys.modules], "
     "bridge.backends_are_initialized())"
   )
   process = subprocess.run([sys.executable, "-c", code], **options())

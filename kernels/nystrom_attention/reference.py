@@ -77,5 +77,6 @@ def pseudo_inverse(a_BNMM: jax.Array, iterations: int, init: str) -> jax.Array:
 def skip_convolution(v_BLNK: jax.Array, w_RN: jax.Array) -> jax.Array:
   """Every head's values convolved along the tokens with its filter; zeros beyond the ends."""
   batch, length, heads, width = v_BLNK.shape
-  filters = jnp.repeat(w_RN.astype(v_BLNK.dtype), width, axis=1)[:, None]  # (R, 1, N·K)
+  # (R, 1, N·K); repeated in float32, so that their gradient is summed over a head's channels in float32.
+  filters = jnp.repeat(w_RN.astype(jnp.float32), width, axis=1)[:, None].astype(v_BLNK.dtype)
   return depthwise_conv.depthwise_conv2d(v_BLNK.reshape(batch, length, 1, heads * width), filters).reshape(v_BLNK.shape)

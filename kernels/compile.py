@@ -213,6 +213,8 @@ def main() -> None:
   parser.add_argument("operation", nargs="*", choices=[*cases.OPERATIONS, []], default=[])
   parser.add_argument("--out", type=pathlib.Path, help="file with the marks, such as docs/kernels.md")
   flags = parser.parse_args()
+  if flags.out and flags.operation:
+    parser.error("--out replaces the whole table; leave out the names of operations")
   if (lacking := missing()) is not None:
     sys.exit(f"error: cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
   lines, spilled = [_EXPLANATION.format(jax.__version__), "", *_HEADER], 0

@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The largest error that a form may have, relative to the norm of the truth, in results and gradients, by the operands
+# of its products: float32 as it is, float32 rounded to TF32 or split into halves by tensor cores, bfloat16.
+BOUNDS = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-2}
+_WITHOUT_TENSOR_CORES = ("linear_recurrence",)
+
 OPERATIONS = (
   "fft_mixing",
   "nystrom_attention",
@@ -32,7 +37,7 @@ class Case:
     name: of the shape.
     dtype: of the activations.
     run: `run(*arguments, implementation)` → an array or a tuple of them.
-    draw: `draw(rng)` → the arguments as float64 or integer NumPy arrays, from a `numpy.random.RandomState`.
+    draw: `draw(rng)` → the arguments as arrays, from a `numpy.random.RandomState` or `DeviceDraws`.
     arguments: their shapes and dtypes.
     implementations: those to be compared at this shape; each must serve or refuse with a ValueError.
     batched: for every argument, whether its first axis is the batch.
@@ -46,7 +51,7 @@ class Case:
   name: str
   dtype: Any
   run: Callable
-  draw: Callable[[np.random.RandomState], tuple[np.ndarray, ...]]
+  draw: Callable[["np.random.RandomState | DeviceDraws"], tuple[np.ndarray | jax.Array, ...]]
   arguments: tuple[jax.ShapeDtypeStruct, ...]
   implementations: tuple[str, ...]
   batched: tuple[bool, ...]
@@ -57,8 +62,14 @@ class Case:
 
   def arrays(self, seed: int) -> tuple[jax.Array, ...]:
     """Arguments drawn for `seed`, in their dtypes."""
-    drawn = self.draw(np.random.RandomState(seed))
+    drawn = self.draw(DeviceDraws(seed))
     return tuple(jnp.asarray(array, spec.dtype) for array, spec in zip(drawn, self.arguments, strict=True))
+
+  @property
+  def bound(self) -> float:
+    """The entry of BOUNDS for "mosaic"."""
+    exact = "float32" if self.operation in _WITHOUT_TENSOR_CORES else "tf32"
+    return BOUNDS["bfloat16" if self.dtype == jnp.bfloat16 else exact]
 
   def function(self, implementation: str | None, grad: bool) -> Callable:
     """The operation; or (its result, the gradient of half the sum of the result's squares by `differentiate`)."""
@@ -75,6 +86,29 @@ class Case:
       return result, grads
 
     return both if grad else forward
+
+
+class DeviceDraws:
+  """Draws as `numpy.random.RandomState` does, but float32 on the device: a host takes seconds for the large shapes."""
+
+  def __init__(self, seed: int):
+    self._key = jax.random.key(seed)
+
+  def _next(self) -> jax.Array:
+    self._key, key = jax.random.split(self._key)
+    return key
+
+  def randn(self, *shape: int) -> jax.Array:
+    """Standard normal numbers."""
+    return jax.random.normal(self._next(), shape)
+
+  def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers between `low` and `high`."""
+    return jax.random.uniform(self._next(), shape, minval=low, maxval=high)
+
+  def randint(self, low: int, high: int, shape: tuple[int, ...]) -> jax.Array:
+    """Integers from `low` to `high` − 1."""
+    return jax.random.randint(self._next(), shape, low, high)
 
 
 def all_cases(operation: str) -> Iterator[Case]:

@@ -3,7 +3,8 @@
 Every implementation that can serve takes its turn, round after round, so that noise hits all. On a GPU the time is the
 device's: a chain of calls, long enough to hide the start of each, between two waits; with its share of what the device
 could do, from the bandwidth and the matrix rate measured in the same run and the bytes and operations that
-`shapes.py` counts. Without a GPU, forms that need one are left out, and said so.
+`shapes.py` counts. Where the host needed most of the time to start the calls, the row says so: the device may be
+faster. Without a GPU, forms that need one are left out, and said so.
 """
 
 import argparse
@@ -30,7 +31,10 @@ class Row:
   Attributes:
     ratio: its time over the best other's.
     compile_s: seconds.
+    megabytes: that must cross device memory at least.
+    gflop: billions of operations of the products and transforms in the form that "mosaic" takes.
     roofline: share of the rate that the device can reach at this intensity; "" where not known.
+    host: share of the time in which the host was starting calls; "" on CPU, where it computes as well.
   """
 
   operation: str
@@ -41,7 +45,10 @@ class Row:
   milliseconds: float
   ratio: float | str
   compile_s: float
+  megabytes: float
+  gflop: float
   roofline: float | str
+  host: float | str
 
 
 def peaks() -> tuple[float, dict[str, float]] | None:
@@ -61,16 +68,17 @@ def peaks() -> tuple[float, dict[str, float]] | None:
 
 def _seconds(function: Callable, arguments: tuple, rounds: int) -> float:
   jax.block_until_ready(function(*arguments))
-  return statistics.median(_chain(function, arguments, 3) for _ in range(rounds))
+  return statistics.median(_chain(function, arguments, 3)[0] for _ in range(rounds))
 
 
-def _chain(function: Callable, arguments: tuple, calls: int) -> float:
-  """Seconds of one of `calls` calls that the host starts without waiting in between."""
+def _chain(function: Callable, arguments: tuple, calls: int) -> tuple[float, float]:
+  """Of one of `calls` calls that the host starts without waiting in between: its seconds, and those of its start."""
   start = time.perf_counter()
   for _ in range(calls):
     result = function(*arguments)
+  started = time.perf_counter()
   jax.block_until_ready(result)
-  return (time.perf_counter() - start) / calls
+  return (time.perf_counter() - start) / calls, (started - start) / calls
 
 
 def measure(case: cases.Case, grad: bool, rounds: int, limits) -> tuple[list[Row], dict[str, str]]:
@@ -80,26 +88,28 @@ def measure(case: cases.Case, grad: bool, rounds: int, limits) -> tuple[list[Row
   for name in case.implementations:
     start = time.perf_counter()
     try:
-      functions[name] = jax.jit(case.function(name, grad)).lower(*arguments).compile()
-    except ValueError as error:
-      refused[name] = str(error)
+      function = jax.jit(case.function(name, grad)).lower(*arguments).compile()
+      compile_seconds[name] = time.perf_counter() - start
+      jax.block_until_ready(function(*arguments))
+    except (ValueError, jax.errors.JaxRuntimeError) as error:  # the latter: out of memory, no cuDNN
+      refused[name] = str(error).partition("\n")[0]
       continue
-    compile_seconds[name] = time.perf_counter() - start
+    functions[name] = function
   calls = {}
   for name, function in functions.items():
-    jax.block_until_ready(function(*arguments))
-    once = _chain(function, arguments, 1)
+    once, _ = _chain(function, arguments, 1)
     calls[name] = 1 if limits is None else max(1, round(_CHAIN_SECONDS / once))
   times = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
       times[name].append(_chain(function, arguments, calls[name]))
-  medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+  medians = {name: statistics.median(seconds for seconds, _ in measured) for name, measured in times.items()}
   rows = []
   for name, seconds in medians.items():
     others = [s for other, s in medians.items() if other != name]
-    roofline = ""
+    roofline = host = ""
     if limits is not None:
+      host = statistics.median(start / whole for whole, start in times[name])
       bandwidth, rates = limits
       floor = max(case.transferred[grad] / bandwidth, case.operations[grad] / rates[jnp.dtype(case.dtype).name])
       roofline = floor / seconds
@@ -113,7 +123,10 @@ def measure(case: cases.Case, grad: bool, rounds: int, limits) -> tuple[list[Row
         seconds * 1e3,
         seconds / min(others) if others else "",
         compile_seconds[name],
+        case.transferred[grad] / 1e6,
+        case.operations[grad] / 1e9,
         roofline,
+        host,
       )
     )
   return rows, refused
@@ -138,7 +151,8 @@ def main() -> None:
     rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in limits[1].items())
     print(f"measured here: {limits[0] / 1e12:.2f} TB/s, {rates}")
   rows = []
-  print(f"{'operation, shape':58}{'dtype':>9}  {'form':14}{'ms':>9}{'ratio':>7}{'compile s':>11}{'roofline':>10}")
+  print(f"{'operation, shape':58}{'dtype':>9}  {'form':14}{'ms':>9}{'ratio':>7}{'compile s':>11}", end="")
+  print(f"{'MB':>8}{'GFLOP':>8}{'roofline':>10}")
   for operation in flags.operation or cases.OPERATIONS:
     for case in cases.all_cases(operation):
       if flags.dtype not in (None, jnp.dtype(case.dtype).name) or (flags.shape or "") not in case.name:
@@ -149,7 +163,8 @@ def main() -> None:
         ratio, roofline = (f"{x:.2f}" if x != "" else "" for x in (row.ratio, row.roofline))
         print(
           f"{operation + ' ' + row.shape:58}{row.dtype:>9}  {row.implementation:14}{row.milliseconds:9.3f}{ratio:>7}"
-          f"{row.compile_s:11.1f}{roofline:>10}",
+          f"{row.compile_s:11.1f}{row.megabytes:8,.0f}{row.gflop:8,.1f}{roofline:>10}"
+          + ("  host-bound" if row.host != "" and row.host > 0.9 else ""),
           flush=True,
         )
       for name, reason in refused.items():

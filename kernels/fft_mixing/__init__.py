@@ -25,7 +25,17 @@ def _mosaic(x_BLD):
   return mosaic.mixing(x_BLD)
 
 
-IMPLEMENTATIONS = {"reference": reference.mixing, "xla": xla.half, "folded": xla.folded, "mosaic": _mosaic}
+def _xla(x_BLD):
+  return (xla.quarter if dispatch.platform() == "cpu" else xla.half)(x_BLD)
+
+
+IMPLEMENTATIONS = {
+  "reference": reference.mixing,
+  "xla": _xla,
+  "half": xla.half,
+  "folded": xla.folded,
+  "mosaic": _mosaic,
+}
 
 
 def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -33,8 +43,9 @@ def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Ar
 
   Args:
     x_BLD: inputs, float32 or bfloat16.
-    implementation: "reference" (the complex transform), "xla" (the half of it that a real x needs), "folded" (products
-      of real matrices, in bfloat16 if x is), "mosaic" (the same as kernels for Hopper GPUs, in bfloat16 or TF32) or
+    implementation: "reference" (the complex transform), "half" (the half of it that a real x needs), "xla" (the same;
+      on CPU real transforms of a quarter of it), "folded" (products of real matrices, in bfloat16 if x is), "mosaic"
+      (the same as kernels for Hopper GPUs, in bfloat16 or TF32) or
       None: "mosaic" for bfloat16 up to 2048 tokens where it can serve, since TF32 is less accurate than the transform;
       else "xla", but "folded" on CPU where that is faster.
 

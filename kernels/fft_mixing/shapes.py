@@ -50,7 +50,7 @@ def cases() -> Iterator[common.Case]:
         run=fft_mixing,
         draw=lambda rng, shape=shape: (rng.randn(*shape),),
         arguments=(x_BLD,),
-        implementations=("reference", "xla", "folded", *serves),
+        implementations=("reference", "xla", "half", "folded", *serves),
         batched=(True,),
         differentiate=(0,),
         transferred=(transferred, 2 * transferred),

@@ -1,11 +1,15 @@
-"""Two forms that use that x is real, each its own gradient.
+"""Three forms that use that x is real, each its own gradient.
 
 `half` leaves the transform to XLA. The spectrum of a real x is symmetric, F[−k, −d] = conj F[k, d], so the columns
-0 … D/2 determine the rest: Re F[k, D − d] = Re F[−k, d]. Half of the work, and on CPU 1.2 to 2.9 times as fast.
+0 … D/2 determine the rest: Re F[k, D − d] = Re F[−k, d]. Half of the work.
+
+`quarter` leaves less of it. The real part sees only the half of x that is symmetric, (x[n, d] + x[−n, −d]) / 2, and
+for a symmetric x the transform along L of column d is the conjugate of that of column −d. So real transforms of the
+columns 0 … D/2 and back to D real numbers for the rows 0 … L/2 are all; the other rows are y[−k, d] = y[k, −d].
 
 `folded` has no complex numbers. C is even and S odd in both indices, so C_L x C_D sees only the part of x that is even
 along both axes and S_L x S_D only the part odd along both, and a quarter of each result determines the rest. One eighth
-of the products of the direct form, in either order of the two products of each. On CPU it loses against `half` unless D
+of the products of the direct form, in either order of the two products of each. On CPU it loses against both unless D
 has a large prime factor: the products grow with L + D, the transform with log(L·D).
 """
 
@@ -35,6 +39,30 @@ def half(x_BLD: jax.Array) -> jax.Array:
   around_BLE = jnp.concatenate([y_BLE[:, 1:], y_BLE[:, :1]], axis=1)  # rows 1 … L, of which L is 0; reversed −0, −1 …
   rest_BLE = lax.rev(around_BLE[:, :, 1 : (width + 1) // 2], (1, 2))
   return jnp.concatenate([y_BLE, rest_BLE], axis=2)
+
+
+@self_adjoint
+def quarter(x_BLD: jax.Array) -> jax.Array:
+  """Re(FFT over L and D) of float32 or bfloat16, computed in float32; the result in x's dtype."""
+  _, length, width = x_BLD.shape
+  x_BLE = lax.optimization_barrier(_symmetric_half(x_BLD.astype(jnp.float32)))
+  spectrum_BKE = jnp.fft.rfft(x_BLE, axis=1)
+  y_BKD = jnp.fft.irfft(
+    spectrum_BKE.conj(), n=width, axis=2, norm="forward"
+  )  # conj: the inverse's exponent is positive
+  y_BKD = lax.optimization_barrier(y_BKD.astype(x_BLD.dtype))
+  rest_BKD = lax.rev(y_BKD[:, 1 : (length + 1) // 2], (1, 2))
+  rest_BKD = jnp.concatenate([rest_BKD[:, :, -1:], rest_BKD[:, :, :-1]], axis=2)  # columns D − 0, which is 0, D − 1 …
+  return jnp.concatenate([y_BKD, rest_BKD], axis=1)
+
+
+def _symmetric_half(x_BLD):
+  """(x[n, d] + x[−n, −d]) / 2 for 0 ≤ d ≤ D/2."""
+  _, _, width = x_BLD.shape
+  around = lambda x_BLE: jnp.concatenate([x_BLE[:, -1:], x_BLE[:, :-1]], axis=1)  # rows −0, −1 … of reversed ones
+  first = x_BLD[:, :, :1] + around(lax.rev(x_BLD[:, :, :1], (1,)))
+  others = x_BLD[:, :, 1 : width // 2 + 1] + around(lax.rev(x_BLD[:, :, width - width // 2 :], (1, 2)))
+  return jnp.concatenate([first, others], axis=2) / 2
 
 
 @self_adjoint

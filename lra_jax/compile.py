@@ -5,9 +5,14 @@
 Needs JAX's CUDA plugin and ptxas, but no GPU and no data set: nothing is executed, so there is no time either. A row
 has the operations of the products, the memory that XLA plans for activations and other temporary arrays, that of the
 state and a resident data set, and the Pallas kernels in the program with their registers per thread.
+
+With `--steps N` the steps are compiled for the device of this machine instead and executed on random data, a warm-up
+and N steps, so that the rows have times; the implementations follow each other, config by config.
 """
 
+import statistics
 import sys
+import time
 
 from absl import flags
 
@@ -19,10 +24,24 @@ _IMPLEMENTATION = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Compute dtype of the models.")
 _BATCH = flags.DEFINE_integer("batch", None, "Examples per step, instead of the config's.", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 45_000, "Size of the resident training split.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 0, "Steps to execute here; 0: only compile, for an H200.", lower_bound=0)
 
-HEADER = """\
-| config | implementation | batch | GFLOP | temporary MiB | state and data MiB | kernels: registers |
-|---|---|---|---|---|---|---|"""
+_COLUMNS = "| config | implementation | batch | GFLOP | temporary MiB | state and data MiB | "
+HEADER = _COLUMNS + "kernels: registers |\n|---|---|---|---|---|---|---|"
+TIMED_HEADER = _COLUMNS + "ms a step | examples/s | kernels |\n|---|---|---|---|---|---|---|---|---|"
+
+
+def _prepare(settings, examples: int, mesh, platform: str):
+  """(the call that `train` would make for one step, the task, the state, the batch size)."""
+  from lra_jax import optim, train
+  from lra_jax.data import tasks
+
+  task = tasks.get(settings.task.name)
+  plan = train.Plan.make(settings, examples, 1, platform)
+  schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
+  graphdef, state, optimizer = train.init_state(settings, task, schedule)
+  call = train.make_train_call(settings, task, graphdef, optimizer, schedule, 1, mesh)
+  return call, task, state, plan.batch_size
 
 
 def compile_step(settings, examples: int):
@@ -33,7 +52,7 @@ def compile_step(settings, examples: int):
     examples: N, size of the training split.
 
   Returns:
-    (kernels.compile.Program, operations of the products, {operation: {implementation: reason}}).
+    (kernels.compile.Program, operations of the products).
 
   Raises:
     UserError: the CUDA plugin or ptxas is missing.
@@ -42,39 +61,61 @@ def compile_step(settings, examples: int):
   import jax.numpy as jnp
 
   from kernels import compile, dispatch
-  from lra_jax import flops, optim, train
-  from lra_jax.data import resident, tasks
+  from lra_jax import flops
+  from lra_jax.data import resident
 
   if (lacking := compile.missing()) is not None:
     raise errors.UserError(f"cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
-  task = tasks.get(settings.task.name)
-  plan = train.Plan.make(settings, examples, 1, "gpu")
-  schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
-  graphdef, state, optimizer = train.init_state(settings, task, schedule)
-  call = train.make_train_call(settings, task, graphdef, optimizer, schedule, 1, compile.mesh())
+  call, task, state, batch = _prepare(settings, examples, compile.mesh(), "gpu")
   data = resident.Resident(
     jax.ShapeDtypeStruct((examples, *task.image_shape), jnp.uint8), jax.ShapeDtypeStruct((examples,), jnp.int32)
   )
-  indices = jax.ShapeDtypeStruct((1, plan.batch_size), jnp.int32)
-  try:
-    with dispatch.recording() as choices:
-      program = compile.compile_for_h200(call, state, data, indices)
-  except dispatch.UnsupportedError as error:
-    raise errors.UserError(f"--implementation: {error}") from error
+  indices = jax.ShapeDtypeStruct((1, batch), jnp.int32)
+  program = compile.compile_for_h200(call, state, data, indices)
   with dispatch.compiling_for("gpu"):
     operations = flops.count(call.trace(state, data, indices).jaxpr)
-  return program, operations, choices
+  return program, operations
 
 
-def row(name: str, implementation: str, batch: int, program, operations: float) -> str:
-  """A line of the table."""
-  memory = program.compiled.memory_analysis()
-  kernels = "; ".join(f"`{kernel.name}` {kernel.registers}" for kernel in program.kernels)
+def time_step(settings, examples: int, steps: int):
+  """Compiles the same step for the device of this machine and runs it on random examples.
+
+  Returns:
+    (the compiled step, operations of the products, {operation: {implementation: reason}}, seconds of each step).
+  """
+  import jax
+  import numpy as np
+
+  from kernels import dispatch
+  from lra_jax import flops, parallel
+  from lra_jax.data import resident, sources
+
+  parallel.keep_freed_memory()
+  mesh = parallel.make_mesh(1)
+  whole = parallel.replicated(mesh)
+  call, task, state, batch = _prepare(settings, examples, mesh, mesh.devices.flat[0].platform)
+  random = np.random.RandomState(0)
+  images = random.randint(0, 256, (examples, *task.image_shape), np.uint8)
+  data = resident.put(sources.Split(images, np.arange(examples, dtype=np.int32) % len(task.class_names)), whole)
+  indices = jax.device_put(random.randint(0, examples, (1, batch), np.int32), whole)
+  with dispatch.recording() as choices:
+    traced = call.trace(state, data, indices)
+  compiled = traced.lower().compile()
+  state, seconds = jax.device_put(state, whole), []
+  for _ in range(1 + steps):
+    start = time.perf_counter()
+    state, values = compiled(state, data, indices)
+    jax.block_until_ready((state, values))
+    seconds.append(time.perf_counter() - start)
+  return compiled, flops.count(traced.jaxpr), choices, seconds[1:]
+
+
+def row(name: str, implementation: str, batch: int, compiled, operations: float, *others: str) -> str:
+  """A line of the table; `others` are its last columns."""
+  memory = compiled.memory_analysis()
   temporary, arguments = memory.temp_size_in_bytes / 2**20, memory.argument_size_in_bytes / 2**20
-  return (
-    f"| {name} | {implementation or 'best'} | {batch} | {operations / 1e9:,.0f} | {temporary:,.0f} | {arguments:,.0f} "
-    f"| {kernels or 'none'} |"
-  )
+  numbers = f"{operations / 1e9:,.0f} | {temporary:,.0f} | {arguments:,.0f}"
+  return f"| {name} | {implementation or 'best'} | {batch} | {numbers} | {' | '.join(others)} |"
 
 
 def main() -> None:
@@ -82,9 +123,10 @@ def main() -> None:
   arguments = errors.parse_flags(sys.argv, required=(), positional="config files", optional=True)
   if not arguments:
     raise errors.UserError("no config file given; try `python -m lra_jax.compile configs/fnet.py:lra_image`")
+  from kernels import dispatch
   from lra_jax import models
 
-  print(HEADER, flush=True)
+  print(TIMED_HEADER if _STEPS.value else HEADER, flush=True)
   for argument in arguments:
     path, _, options = argument.partition(":")
     for implementation in _IMPLEMENTATION.value:
@@ -93,8 +135,20 @@ def main() -> None:
       settings.model.dtype = _DTYPE.value
       if "implementation" in models.fields(settings.model.name):
         settings.model.implementation = implementation or None
-      program, operations, _ = compile_step(settings, _EXAMPLES.value)
-      print(row(argument, implementation, settings.train.batch_size, program, operations), flush=True)
+      batch = settings.train.batch_size
+      try:
+        if _STEPS.value:
+          compiled, operations, choices, seconds = time_step(settings, _EXAMPLES.value, _STEPS.value)
+          median = statistics.median(seconds)
+          taken = ", ".join(f"{operation}: {'/'.join(forms)}" for operation, forms in choices.items())
+          others = f"{median * 1e3:,.2f}", f"{batch / median:,.0f}", taken or "none"
+        else:
+          program, operations = compile_step(settings, _EXAMPLES.value)
+          compiled = program.compiled
+          others = ("; ".join(f"`{kernel.name}` {kernel.registers}" for kernel in program.kernels) or "none",)
+      except dispatch.UnsupportedError as error:
+        raise errors.UserError(f"--implementation: {error}") from error
+      print(row(argument, implementation, batch, compiled, operations, *others), flush=True)
 
 
 if __name__ == "__main__":

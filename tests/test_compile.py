@@ -21,3 +21,19 @@ def test_a_training_step_compiles_for_a_gpu_with_the_kernels_asked_for(python):
 def test_mistakes_are_one_line(refused):
   assert "did you mean 'configs/lru.py'" in refused("lra_jax.compile", "configs/lruu.py")
   assert "no config file given" in refused("lra_jax.compile")
+  wrong = ("configs/lru.py:digits", "--implementation", "mosaic", "--steps", "1")
+  assert "implementation='mosaic' cannot serve" in refused("lra_jax.compile", *wrong)
+
+
+def test_steps_are_run_here_and_have_times(python):
+  """On whatever device there is, beside what it would need."""
+  arguments = ("configs/lru.py:digits", "--implementation", "sequential,associative", "--batch", "32")
+  process = python("lra_jax.compile", *arguments, "--steps", "2", "--examples", "64")
+  assert process.returncode == 0, process.stderr
+  header, _, *rows = process.stdout.splitlines()
+  names = [name.strip() for name in header.strip("|").split("|")]
+  for implementation, line in zip(("sequential", "associative"), rows, strict=True):
+    values = dict(zip(names, (value.strip() for value in line.strip("|").split("|")), strict=True))
+    assert values["kernels"] == f"linear_recurrence: {implementation}"
+    rate = float(values["examples/s"].replace(",", ""))
+    assert abs(rate - 32e3 / float(values["ms a step"].replace(",", ""))) <= 1

@@ -2,14 +2,15 @@
 
 Axes: B batch, T time steps, D hidden units. The state follows ḣ = h A + tanh(h W + z_t) over the time ε at every step,
 from h_0 = 0; by Euler's method h_t = h_{t−1} + ε (h_{t−1} A + tanh(h_{t−1} W + z_t)). With a gate g the velocity is
-(h A + tanh(h W + z_t)) ⊙ σ(h W + g_t). The state is carried in float32 whatever the input's dtype. Between the forward
-and the backward pass nothing is kept but the inputs and the states.
+(h A + tanh(h W + z_t)) ⊙ σ(h W + g_t). The state is carried in float32 whatever the input's dtype.
 
 "mosaic" is a Pallas kernel for Hopper GPUs that runs all steps in one launch: the matrices stay in shared memory or
 registers, the state in registers, and the inputs stream in. Its backward pass is such a kernel too, in reversed time,
-between the large products that do not depend on one another.
+between the large products that do not depend on one another. In between it keeps the inputs and the states, O(T D).
+"xla" is a loop over the steps; for the backward pass it keeps two arrays of z's size for each stage of the method (one
+for Euler's, two for the midpoint's, four for Kutta's) and two more with a gate, so that it computes nothing twice.
 
-The batch comes first, as it does in models; no form has to transpose on a GPU.
+The batch comes first, as it does in models; no form has to transpose.
 """
 
 import jax

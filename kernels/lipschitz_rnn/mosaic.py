@@ -373,4 +373,4 @@ def _round_to_tf32(x):
   return jnp.where(x == x, lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32), x)
 
 
-_recurrence = rule.differentiable(_forward, _adjoint, time_axis=1)
+_recurrence = rule.differentiable(_forward, _adjoint)

@@ -1,4 +1,5 @@
-"""What the forms of the recurrence share: its methods of integration, and a backward pass that keeps the states alone.
+"""What the forms of the recurrence share: its methods of integration and the rule of its gradient. For "mosaic" also
+the part of the backward pass that is no recurrence, so that it keeps the states alone.
 
 Every method is an explicit Runge-Kutta method of S stages: m_i = h + ε Σ_j N_ij k_j, k_i = f(m_i), and
 h' = h + ε Σ_i b_i k_i. Given the states h of all steps, the m_i of all steps are a few large products, and so are the
@@ -10,7 +11,7 @@ the last stage to the first,
 where α_i is the gate's value, 1 without one, and β_i = ∂k_i / ∂(m_i W). All gradients follow from the κ_i of all steps,
 again by large products.
 
-Axes: T steps and B batch in either order, D hidden units, S stages.
+Axes: B batch, T steps, D hidden units, S stages.
 """
 
 import functools
@@ -45,7 +46,7 @@ class Settings(NamedTuple):
 
 
 class _Stage(NamedTuple):
-  """For all steps m_i, α_i (None for 1), β_i, and ∂k_i/∂gate, (·, ·, D) each in the states' dtype."""
+  """For all steps m_i, α_i (None for 1), β_i, and ∂k_i/∂gate, (B, T, D) each in the states' dtype."""
 
   state: jax.Array
   alpha: jax.Array | None
@@ -69,7 +70,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
   return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
-def differentiable(forward: Callable, adjoint: Callable, time_axis: int) -> Callable:
+def differentiable(forward: Callable, adjoint: Callable) -> Callable:
   """The recurrence with a gradient.
 
   Args:
@@ -77,10 +78,9 @@ def differentiable(forward: Callable, adjoint: Callable, time_axis: int) -> Call
       `keep and settings.last`, else None).
     adjoint: `adjoint(d, alphas, betas, a, w, settings)` → the κ_i of all steps, in z's dtype; `d` is the gradient by
       the result, `alphas` is None where there is no gate.
-    time_axis: of z.
 
   Returns:
-    `recurrence(z, gate, a, w, settings)`; z and the gate (or None) have the axes of `forward`, a and w are (D, D).
+    `recurrence(z, gate, a, w, settings)`; z and the gate (or None) are (B, T, D), a and w (D, D).
   """
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -94,9 +94,7 @@ def differentiable(forward: Callable, adjoint: Callable, time_axis: int) -> Call
   def backward(settings, residuals, d):
     z, gate, a, w, states = residuals
     if not settings.last:
-      shift = [(0, 0)] * 3
-      shift[time_axis] = (1, 0)
-      states = jax.lax.slice_in_dim(jnp.pad(states, shift), 0, z.shape[time_axis], axis=time_axis)
+      states = jnp.pad(states, ((0, 0), (1, 0), (0, 0)))[:, :-1]
     stages = _linearise(states, z, gate, a, w, settings)
     alphas = [stage.alpha for stage in stages] if gate is not None else None
     kappas = adjoint(d, alphas, [stage.beta for stage in stages], a, w, settings)
@@ -104,18 +102,17 @@ def differentiable(forward: Callable, adjoint: Callable, time_axis: int) -> Call
     dz = dgate = da = dw = 0.0
     for stage, kappa in zip(stages, kappas, strict=True):
       by_product = kappa * stage.beta
-      dw += _contract(stage.state, by_product)
+      dw += contract(stage.state, by_product)
       if gate is None:
-        da += _contract(stage.state, kappa)
+        da += contract(stage.state, kappa)
         dz += by_product
       else:
-        da += _contract(stage.state, kappa * stage.alpha)
+        da += contract(stage.state, kappa * stage.alpha)
         by_gate = kappa * stage.gate
         dgate += by_gate
         dz += by_product - by_gate
-    # On CPU only: XLA would fuse this arithmetic with the caller's transposition or product and run it on one core.
-    dz, dgate = jax.lax.optimization_barrier((dz.astype(z.dtype), None if gate is None else dgate.astype(gate.dtype)))
-    return dz, dgate, da.astype(a.dtype), dw.astype(w.dtype)
+    dgate = None if gate is None else dgate.astype(gate.dtype)
+    return dz.astype(z.dtype), dgate, da.astype(a.dtype), dw.astype(w.dtype)
 
   recurrence.defvjp(keeping, backward)
   return recurrence
@@ -145,7 +142,7 @@ def _dot(x, w):
   return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _contract(x, y):
-  """Σ over all steps and examples of xᵀ y, (D, D) float32, with operands in x's dtype."""
+def contract(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Σ over all axes but the last of xᵀ y, a float32 matrix, with operands in x's dtype."""
   x, y = (part.reshape(-1, part.shape[-1]) for part in (x, y.astype(x.dtype)))
   return jnp.matmul(x.T, y, preferred_element_type=jnp.float32)

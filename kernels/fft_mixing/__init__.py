@@ -45,9 +45,9 @@ def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Ar
     x_BLD: inputs, float32 or bfloat16.
     implementation: "reference" (the complex transform), "half" (the half of it that a real x needs), "xla" (the same;
       on CPU real transforms of a quarter of it), "folded" (products of real matrices, in bfloat16 if x is), "mosaic"
-      (the same as kernels for Hopper GPUs, in bfloat16 or TF32) or
-      None: "mosaic" for bfloat16 up to 2048 tokens where it can serve, since TF32 is less accurate than the transform;
-      else "xla", but "folded" on CPU where that is faster.
+      (the same as kernels for Hopper GPUs, in bfloat16 or TF32; beyond 2048 tokens in two levels) or None: "mosaic"
+      for bfloat16 where it is predicted to be faster, since TF32 is less accurate than the transform; else "xla", but
+      "folded" on CPU where that is faster.
 
   Returns:
     (B, L, D) in x's dtype.

@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import dispatch, mosaic
 from kernels.fft_mixing import xla
 
-_LONGEST = 8192  # tokens; the matrices take 134 MB of memory then
-_LONGEST_BY_DEFAULT = 2048  # beyond, the products read more from the L2 cache than the Fourier transform from memory
+_LONGEST = 8192  # tokens in one product; the matrices take 134 MB of memory then
+_LONGEST_BY_DEFAULT = 2048  # beyond, such a product reads more from the L2 cache than the Fourier transform from memory
 _COMPUTING = 2  # warpgroups; one more fetches
 _ROWS = _COMPUTING * mosaic.WARPGROUP_ROWS  # of a block's tile
 _SWIZZLE = 128  # bytes of a row that a step of a product reads
@@ -37,20 +37,27 @@ _FETCHING_REGISTERS, _COMPUTING_REGISTERS = 40, 232  # per thread: 128 · 40 + 2
 
 def refuse(x_BLD: jax.Array, by_default: bool = False) -> str | None:
   """Why the kernels cannot serve x, or with `by_default` why they are not the best choice; None if they can."""
+  from kernels.fft_mixing import two_level  # which imports this module
+
   _, length, width = x_BLD.shape
   if by_default and x_BLD.dtype == jnp.float32:
     return "in float32 its products are TF32, less accurate than the Fourier transform; ask for it by name"
-  if width % (2 * _DIRECT):
-    return f"the width must be a multiple of {2 * _DIRECT}, as halves of it are cut into tiles, and it is {width}"
+  if width % 32 or width < 64:
+    return f"the width must be a multiple of 32 from 64 on, as halves of it are cut into tiles, and it is {width}"
   if length < 3:
     return f"there must be at least 3 tokens, and there are {length}"
+  if two_level.factors(length):
+    return None
   if by_default and length > _LONGEST_BY_DEFAULT:
     return (
-      f"there are {length} tokens, and beyond {_LONGEST_BY_DEFAULT} the Fourier transform is predicted to be faster "
-      "than products, which grow with their square"
+      f"there are {length} tokens, not {two_level.LENGTHS} for two levels, and beyond {_LONGEST_BY_DEFAULT} the "
+      "Fourier transform is predicted to be faster than one product over all tokens"
     )
   if length > _LONGEST:
-    return f"there are {length} tokens, and beyond {_LONGEST} the matrices of cosines and sines grow too large"
+    return (
+      f"there are {length} tokens, not {two_level.LENGTHS} for two levels, and beyond {_LONGEST} the matrices for one "
+      "product over all tokens grow too large"
+    )
   return None
 
 
@@ -66,7 +73,11 @@ def halves(length: int) -> int:
 
 @xla.self_adjoint
 def _mixing(x_BLD):
+  from kernels.fft_mixing import two_level  # which imports this module
+
   batch, length, width = x_BLD.shape
+  if two_level.factors(length):
+    return two_level.mixing(x_BLD)
   parts = []
   for wave, part_BND in zip((jnp.cos, jnp.sin), xla.fold(x_BLD.astype(jnp.float32)), strict=True):
     depth, first = _depth(x_BLD.dtype), int(wave is jnp.sin)
@@ -91,9 +102,10 @@ def _by_parity(x, first, count):
 
 
 def _evens_first(x, first, count, depth):
-  """The pieces of `_by_parity` one after the other, each with zeros up to a multiple of `depth`."""
+  """The pieces of `_by_parity` one after the other, with zeros up to the same multiple of `depth`."""
   pieces = _by_parity(x, first, count)
-  return jnp.concatenate([mosaic.pad_axis(p, 1, mosaic.round_up(p.shape[1], depth)) for p in pieces], axis=1)
+  longest = mosaic.round_up(max(piece.shape[1] for piece in pieces), depth)
+  return jnp.concatenate([mosaic.pad_axis(piece, 1, longest) for piece in pieces], axis=1)
 
 
 def _depth(dtype):
@@ -243,27 +255,34 @@ def _second_product(cosines, sines, width):
       or for all of them.
     width: D.
   """
-  (cos_KN, p_BEN, p_steps), (sin_KN, q_BEN, q_steps) = cosines, sines
-  batch, height, dtype = p_BEN.shape[0], cos_KN.shape[0], p_BEN.dtype
+  (cos_KN, p_BECN, p_steps), (sin_KN, q_BECN, q_steps) = cosines, sines
+  batch, height, dtype = p_BECN.shape[0], cos_KN.shape[0], p_BECN.dtype
   depth, slots, count = _depth(dtype), 6 if dtype == jnp.bfloat16 else 4, len(p_steps)
-  stops = [int(stop) for stop in np.cumsum([*p_steps, *q_steps])]
-  across, down = width // 2 // _DIRECT, pl.cdiv(height, _ROWS)
-  # Column c of the mirrored tile is that of index _DIRECT − c; the depth of a product is a multiple of 32 bytes.
-  turn = np.zeros((_DIRECT, mosaic.round_up(_COMPUTED, 32 // dtype.itemsize)), np.float32)
-  turn[np.arange(_DIRECT), _DIRECT - np.arange(_DIRECT)] = 1
+  steps = [*p_steps, *q_steps]
+  stops = [int(stop) for stop in np.cumsum(steps)]
+  direct = math.gcd(width // 2, _DIRECT)  # columns that a block writes as they are, and as many mirrored
+  computed = direct + 8  # the mirrored ones are those from 1 to `direct`, and a product has a multiple of 8 columns
+  across, down = width // 2 // direct, pl.cdiv(height, _ROWS)
+  # Column c of the mirrored tile is that of index direct − c; the depth of a product is a multiple of 32 bytes.
+  turn = np.zeros((direct, mosaic.round_up(computed, 32 // dtype.itemsize)), np.float32)
+  turn[np.arange(direct), direct - np.arange(direct)] = 1
 
   def fft_mixing_by_length(cos_g, p_g, sin_g, q_g, turn_g, y_g, a_s, b_s, full, empty, turn_s, here, sum_s, out_s):
     b, column, row = _block(across, down)
-    row, column = row * _ROWS, column * _DIRECT
+    row, column = row * _ROWS, column * direct
 
     def fetch(i, slot, barrier):
-      def copy(a_g, b_g, step):
-        deep = pl.ds(step * depth, depth)
-        plgpu.copy_gmem_to_smem(a_g.at[pl.ds(row, _ROWS), deep], a_s.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(b_g.at[b, pl.ds(column, _COMPUTED), deep], b_s.at[slot], barrier)
+      def copy(a_g, b_g, first, odds):
+        parity = jnp.int32(i >= odds)
+        deep = i - jnp.where(i >= odds, odds, first)
+        a = a_g.at[pl.ds(row, _ROWS), pl.ds(deep * depth + parity * a_g.shape[1] // count, depth)]
+        b_ = b_g.at[b, pl.ds(column, computed), parity, pl.ds(deep * depth, depth)]
+        plgpu.copy_gmem_to_smem(a, a_s.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(b_, b_s.at[slot], barrier)
 
-      pl.when(i < stops[count - 1])(lambda: copy(cos_g, p_g, i))
-      pl.when(i >= stops[count - 1])(lambda: copy(sin_g, q_g, i - stops[count - 1]))
+      sines = stops[count - 1]
+      pl.when(i < sines)(lambda: copy(cos_g, p_g, 0, stops[0]))
+      pl.when(i >= sines)(lambda: copy(sin_g, q_g, sines, stops[count]))
 
     def fetch_all():
       plgpu.copy_gmem_to_smem(turn_g, turn_s, here)

@@ -32,7 +32,7 @@ FFT_MIXING = {
 
 def cases() -> Iterator[common.Case]:
   """All shapes in float32 and bfloat16; "mosaic" where it serves."""
-  from kernels.fft_mixing import fft_mixing, mosaic
+  from kernels.fft_mixing import fft_mixing, mosaic, two_level
 
   for name, shape in FFT_MIXING.items():
     batch, tokens, width = shape
@@ -41,8 +41,11 @@ def cases() -> Iterator[common.Case]:
       serves = () if mosaic.refuse(x_BLD) else ("mosaic",)
       # x is read and y written; the gradient does the same with dy and dx.
       transferred = 2.0 * x_BLD.size * x_BLD.dtype.itemsize
-      # Two products each with quarter matrices of D and with halves of quarter matrices of L for every half of y.
-      operations = batch * tokens * width * (width / 2 + tokens / mosaic.halves(tokens))
+      # Two products each with quarter matrices of D and with halves of quarter matrices of L for every half of y; or,
+      # in two levels, of complex numbers for half of the tokens and for half of the columns.
+      levels = two_level.factors(tokens)
+      by_length = 2 * levels[0] + levels[1] if levels else tokens / mosaic.halves(tokens)
+      operations = batch * tokens * width * (width / 2 + by_length)
       yield common.Case(
         operation="fft_mixing",
         name=name,

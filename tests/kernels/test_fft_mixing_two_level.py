@@ -1,0 +1,196 @@
+"""The two-level form of kernels.fft_mixing: interpreted with small factors against NumPy in float64, and compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from kernels import compile, dispatch
+from kernels.fft_mixing import fft_mixing, mosaic, two_level
+
+BOUNDS = {jnp.float32: 1e-3, jnp.bfloat16: 1e-2}  # relative to the norm; the interpreter does not round to TF32
+every_dtype = pytest.mark.parametrize("dtype", list(BOUNDS))
+pytestmark = pytest.mark.timeout(240, method="thread")
+
+
+@pytest.fixture
+def split(monkeypatch):
+  """Sets the factors of the length: real ones take minutes in the interpreter."""
+  return lambda first, second: monkeypatch.setattr(two_level, "factors", lambda length: (first, second))
+
+
+@pytest.fixture
+def one_block(monkeypatch):
+  """All samples of a tile in one block."""
+  monkeypatch.setattr(two_level, "_BLOCKS", 1)
+
+
+def truth(x_BLD):
+  return np.fft.fft2(np.asarray(x_BLD, np.float64)).real
+
+
+def error(x, y):
+  return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+
+
+def normal(shape, dtype, seed):
+  return jnp.asarray(np.random.RandomState(seed).randn(*shape), dtype)
+
+
+def on_kernel(x_BLD):
+  return fft_mixing(x_BLD, implementation="mosaic")
+
+
+@every_dtype
+@pytest.mark.parametrize("batch,first,second,width", [(1, 8, 8, 128), (1, 16, 8, 128), (1, 8, 16, 256)])
+def test_equals_numpy(interpreter, split, dtype, batch, first, second, width):
+  split(first, second)
+  x = normal((batch, first * second, width), dtype, first + second + width)
+  y = jax.jit(on_kernel)(x)
+  assert y.dtype == dtype
+  assert error(y, truth(x)) < BOUNDS[dtype]
+
+
+@every_dtype
+def test_gradient_is_the_operation_itself(interpreter, split, dtype):
+  split(8, 4)
+  x, g = normal((1, 32, 128), dtype, 1), normal((1, 32, 128), dtype, 2)
+  dx = jax.jit(lambda x, g: jax.vjp(on_kernel, x)[1](g)[0])(x, g)
+  assert dx.dtype == dtype
+  assert error(dx, truth(g)) < BOUNDS[dtype]
+
+
+def level_1(w_BJME):
+  """t of `two_level` from w, both complex, for all residues m of n: (B, R, M, E)."""
+  _, first, second, _ = w_BJME.shape
+  j, m, r = np.arange(first), np.arange(second), np.arange(first)
+  angles_RJM = 2 * np.pi / (first * second) * r[:, None, None] * (second * j[:, None] + m)
+  return np.einsum("rjm,bjme->brme", np.exp(-1j * angles_RJM), w_BJME)
+
+
+def packed(t_BRME):
+  """The real numbers of t that level 2 sums, and in the order in which it does: (B, R, O, E)."""
+  half = t_BRME.shape[2] // 2
+  return np.concatenate([t_BRME[:, :, : half + 1].real, -t_BRME[:, :, 1:half].imag], axis=2)
+
+
+def hermitian(batch, length, columns, seed):
+  """Transforms of real numbers along the width: w[−n] is the conjugate of w[n]."""
+  return np.fft.fft(np.random.RandomState(seed).randn(batch, length, columns), axis=1)
+
+
+@every_dtype
+@pytest.mark.parametrize("batch,first,second", [(2, 72, 4), (5, 8, 4)])
+def test_level_1_with_many_steps(interpreter, one_block, dtype, batch, first, second):
+  """More of them than the ring has slots, several tiles of rows, and columns beyond what is asked for."""
+  w_BJME = hermitian(batch, first * second, 96, first).reshape(batch, first, second, 96)
+  w_BEMJ = np.moveaxis(w_BJME[:, :, : second // 2 + 1], 3, 1).swapaxes(2, 3)
+  w_BEMJ = np.stack([w_BEMJ.real, -w_BEMJ.imag])
+
+  @jax.jit
+  def run(w):
+    p, q = mosaic.rounded(w, dtype)
+    return two_level._level_1(two_level._first_matrices(first, second, dtype), p, q, 80)
+
+  t_PBROE = run(jnp.asarray(w_BEMJ, jnp.float32))
+  assert error(np.asarray(t_PBROE, np.float64).sum(0), packed(level_1(w_BJME))[..., :80]) < BOUNDS[dtype]
+
+
+@every_dtype
+@pytest.mark.parametrize("batch,first,second", [(1, 3, 72), (6, 2, 8)])
+def test_level_2_with_many_steps(interpreter, one_block, dtype, batch, first, second):
+  """More of them than the ring has slots, and several tiles of rows; t comes doubled, as level 1 makes it."""
+  length, width = first * second, 128
+  x = np.random.RandomState(second).randn(batch, length, width)
+  even = (x + np.roll(np.flip(x, (1, 2)), 1, (1, 2))) / 2
+  w_BJME = np.pad(np.fft.fft(even, axis=2)[:, :, :65], [(0, 0)] * 2 + [(0, 15)]).reshape(batch, first, second, 80)
+  t_PBROE = np.stack(two_level._parts(jnp.asarray(2 * packed(level_1(w_BJME)), jnp.float32), dtype))
+
+  @jax.jit
+  def run(t):
+    return two_level._level_2(two_level._second_matrices(second, dtype), t, width, dtype)
+
+  y_BSRD = run(t_PBROE)
+  assert y_BSRD.dtype == dtype
+  assert error(y_BSRD.reshape(x.shape), truth(x)) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nothing_of_a_sample_reaches_another(interpreter, split, one_block, seed):
+  """Not even a NaN, and every sample is as if it were alone."""
+  split(8, 4)
+  x = normal((2, 32, 128), jnp.bfloat16, seed)
+  y = jax.jit(on_kernel)(x.at[seed].set(jnp.nan))
+  assert np.isnan(np.asarray(y[seed], np.float64)).all()
+  assert error(y[1 - seed], truth(x)[1 - seed]) < BOUNDS[jnp.bfloat16]
+
+
+def test_a_wave_has_one_frequency(interpreter, split):
+  """cos(2π(5n/L + 5d/D)) gives LD/2 at (5, 5) and its mirror image, nothing elsewhere: no bin is out of place."""
+  split(8, 4)
+  n, d = np.arange(32)[:, None], np.arange(128)
+  x = jnp.asarray(np.cos(2 * np.pi * (5 * n / 32 + 5 * d / 128))[None], jnp.float32)
+  y = np.asarray(jax.jit(on_kernel)(x))[0]
+  expected = np.zeros((32, 128))
+  expected[5, 5] = expected[-5, -5] = 32 * 128 / 2
+  np.testing.assert_allclose(y, expected, atol=2e-3 * 32 * 128 / 2)
+
+
+def test_vmap(interpreter, split):
+  split(8, 4)
+  x = normal((2, 1, 32, 128), jnp.bfloat16, 5)
+  assert error(jax.jit(jax.vmap(on_kernel))(x), truth(x)) < BOUNDS[jnp.bfloat16]
+
+
+def test_a_mesh_of_one_device(interpreter, split):
+  split(8, 4)
+  x, spec = normal((1, 32, 128), jnp.bfloat16, 6), PartitionSpec("data")
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  mapped = jax.shard_map(on_kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  assert error(jax.jit(mapped)(x), truth(x)) < BOUNDS[jnp.bfloat16]
+
+
+def test_factors_of_every_length_that_is_served():
+  served = [length for length in range(1, 40000) if two_level.factors(length)]
+  assert served == [*range(2560, 8193, 512), *range(9216, 16385, 1024)]
+  for length in served:
+    first, second = two_level.factors(length)
+    assert first * second == length and first in (64, 128) and second % 8 == 0 and second <= 128
+
+
+@pytest.mark.skipif(compile.missing() is not None, reason=f"{compile.missing()}")
+@pytest.mark.parametrize("length", [2560, 8192, 9216, 16384])
+@every_dtype
+def test_the_ends_of_the_ranges_compile(length, dtype):
+  """The shapes that tests/kernels/test_compiled.py compiles lie between; by tensor copies only, see docs/kernels.md."""
+  program = compile.compile_for_h200(on_kernel, jax.ShapeDtypeStruct((3, length, 384), dtype))
+  assert {"fft_mixing_level_1", "fft_mixing_level_2"} <= {kernel.name for kernel in program.kernels}
+  for kernel in program.kernels:
+    assert kernel.spilled == 0 and not [line for line in kernel.warnings if "C7510" in line], kernel
+    assert kernel.shared_memory <= 232_448, kernel
+
+
+@pytest.mark.parametrize(
+  "length,dtype,expected,reason",
+  [
+    (2560, jnp.bfloat16, "mosaic", "suit"),
+    (4096, jnp.bfloat16, "mosaic", "suit"),
+    (16384, jnp.bfloat16, "mosaic", "suit"),
+    (4096, jnp.float32, "xla", "TF32"),
+    (4100, jnp.bfloat16, "xla", "4100 tokens, not a multiple of 512 from 2560 to 8192 or of 1024 to 16384"),
+    (2304, jnp.bfloat16, "xla", "2304 tokens, not a multiple"),
+    (32768, jnp.bfloat16, "xla", "32768 tokens, not a multiple"),
+  ],
+)
+def test_default_takes_two_levels_in_bfloat16(length, dtype, expected, reason):
+  with dispatch.compiling_for("gpu"), dispatch.recording() as choices:
+    jax.make_jaxpr(lambda x: fft_mixing(x))(jax.ShapeDtypeStruct((2, length, 256), dtype))
+  ((name, why),) = choices["fft_mixing"].items()
+  assert name == expected and reason in why
+
+
+@pytest.mark.parametrize("length,reason", [(9000, "9000 tokens, not a multiple"), (32768, "32768 tokens, not")])
+def test_refusals_say_why(interpreter, length, reason):
+  with pytest.raises(ValueError, match=f"implementation='mosaic' cannot serve: there are {reason}"):
+    jax.eval_shape(on_kernel, jax.ShapeDtypeStruct((1, length, 128), jnp.bfloat16))

@@ -102,6 +102,7 @@ def choose(
   implementation: str | None,
   default: str,
   refuse: Callable[[], str | None] | None = None,
+  refusals: Mapping[str, Callable[[], str | None]] | None = None,
 ) -> Callable:
   """Returns the implementation called `implementation`; for None "mosaic" where it can serve, else `default`.
 
@@ -111,6 +112,7 @@ def choose(
     implementation: a key of `implementations`, or None.
     default: the key taken for None where "mosaic" cannot serve.
     refuse: why the arguments at hand do not suit "mosaic", or None if they do. Called only where the device suits it.
+    refusals: of other implementations: why it cannot serve here, or None if it can. Called only where it is asked for.
 
   Raises:
     UnsupportedError: no implementation has that name, or it cannot serve here. There is no silent fallback.
@@ -118,6 +120,8 @@ def choose(
   if implementation is not None and implementation not in implementations:
     known = ", ".join(map(repr, implementations))
     raise UnsupportedError(f"{op}: implementation={implementation!r} is unknown; there are {known}")
+  if refusals and implementation in refusals and (refusal := refusals[implementation]()):
+    raise UnsupportedError(f"{op}: implementation={implementation!r} cannot serve: {refusal}")
   reason, name = "asked for", implementation
   if implementation in (None, "mosaic") and "mosaic" in implementations:
     refusal = _device_refusal() or (refuse and refuse())

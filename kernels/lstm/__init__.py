@@ -9,9 +9,12 @@ F = 4K gate pre-activations in PyTorch's order: input, forget, cell, output. For
 
 The input projections of all steps and directions are one product. Carries are float32 whatever the input's dtype.
 "mosaic" runs the recurrence of all directions as one kernel on Hopper GPUs, weights in shared memory from the first
-step to the last, and its gradient likewise; hidden states that enter a float32 product are rounded to TF32 there. How
-many hidden units it takes is bounded by shared memory: 144 in bfloat16, 96 in float32.
+step to the last, and its gradient likewise; hidden states that enter a float32 product are rounded to TF32 there. It
+takes up to 256 hidden units. From 145 on in bfloat16, and from 97 on in float32, a part of the weights is copied again
+at every step. "cudnn" is cuDNN's LSTM, in float32, for GPUs of other generations and to compare with.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +23,38 @@ from kernels import dispatch
 from kernels.lstm import reference, xla
 
 
+def _projected(recurrence: Callable) -> Callable:
+  """A layer of a recurrence that takes pre-activations: their part that is not recurrent is one product for all."""
+
+  def layers(x_BHWC, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, launches, unroll):
+    z_BHWF = _project(x_BHWC, w_ih_CGF, b_ih_GF, b_hh_GF)
+    w_hh_GKF = w_hh_GKF.astype(x_BHWC.dtype)
+    if len(launches) == 1:
+      return recurrence(z_BHWF, w_hh_GKF, launches[0], unroll)
+    parts = zip(jnp.split(z_BHWF, len(launches), -1), jnp.split(w_hh_GKF, len(launches)), launches, strict=True)
+    return jnp.concatenate([recurrence(z, w_hh, directions, unroll) for z, w_hh, directions in parts], axis=-1)
+
+  return layers
+
+
 def _mosaic(z_BHWF, w_hh_GKF, directions, unroll):
   from kernels.lstm import mosaic  # loads Pallas
 
   return mosaic.recurrence(z_BHWF, w_hh_GKF, directions, unroll)
 
 
-IMPLEMENTATIONS = {"reference": reference.recurrence, "xla": xla.recurrence, "mosaic": _mosaic}
+def _cudnn(*arguments):
+  from kernels.lstm import cudnn  # loads jax.experimental.rnn
+
+  return cudnn.layers(*arguments)
+
+
+IMPLEMENTATIONS = {
+  "reference": _projected(reference.recurrence),
+  "xla": _projected(xla.recurrence),
+  "mosaic": _projected(_mosaic),
+  "cudnn": _cudnn,
+}
 
 # A direction: the axis of (B, H, W, ·) that it runs along, and whether from the end to the start.
 VERTICAL = ((1, False), (1, True))
@@ -54,7 +82,8 @@ def lstm(
     b_hh_GF: recurrent bias of every direction (kept apart from `b_ih` because published weights have both).
     reverse: for every direction, whether it runs from the last step to the first. Its length is G.
     unroll: time steps in one iteration of the loop.
-    implementation: "reference", "xla", "mosaic" or None (the best that can serve).
+    implementation: "reference", "xla", "mosaic", "cudnn" (never under `jax.vmap`) or None: "mosaic" where it can serve
+      and is predicted to be faster, else "xla".
 
   Returns:
     (B, T, G·K) in x's dtype: the hidden states, direction after direction.
@@ -64,9 +93,8 @@ def lstm(
   """
   _check(x_BTC, 3, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, len(reverse))
   directions = tuple((1, bool(r)) for r in reverse)
-  z_BT1F = _project(x_BTC[:, :, None], w_ih_CGF, b_ih_GF, b_hh_GF)
-  run = _choose("lstm", implementation, x_BTC, w_hh_GKF)
-  return run(z_BT1F, w_hh_GKF.astype(x_BTC.dtype), directions, unroll)[:, :, 0]
+  arguments = x_BTC[:, :, None], w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, (directions,)
+  return _choose("lstm", implementation, x_BTC.shape, *arguments)(*arguments, unroll)[:, :, 0]
 
 
 def bilstm2d(
@@ -88,7 +116,8 @@ def bilstm2d(
     x_BHWC: inputs, float32 or bfloat16.
     w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF: as in `lstm`, G = 4.
     unroll: time steps in one iteration of the loop.
-    implementation: "reference", "xla", "mosaic" or None (the best that can serve).
+    implementation: "reference", "xla", "mosaic", "cudnn" (never under `jax.vmap`) or None: "mosaic" where it can serve
+      and is predicted to be faster, else "xla".
 
   Returns:
     (B, H, W, 4·K) in x's dtype: vertical states, then horizontal ones.
@@ -97,24 +126,30 @@ def bilstm2d(
     ValueError: shapes that do not fit, or an implementation that is unknown or cannot serve.
   """
   _check(x_BHWC, 4, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, 4)
-  run = _choose("bilstm2d", implementation, x_BHWC, w_hh_GKF)
-  z_BHWF = _project(x_BHWC, w_ih_CGF, b_ih_GF, b_hh_GF)
-  w_hh_GKF = w_hh_GKF.astype(x_BHWC.dtype)
-  if x_BHWC.shape[1] == x_BHWC.shape[2]:
-    return run(z_BHWF, w_hh_GKF, VERTICAL + HORIZONTAL, unroll)
-  vertical, horizontal = jnp.split(z_BHWF, 2, axis=-1)
-  return jnp.concatenate(
-    [run(vertical, w_hh_GKF[:2], VERTICAL, unroll), run(horizontal, w_hh_GKF[2:], HORIZONTAL, unroll)], axis=-1
-  )
+  square = x_BHWC.shape[1] == x_BHWC.shape[2]
+  launches = (VERTICAL + HORIZONTAL,) if square and implementation != "cudnn" else (VERTICAL, HORIZONTAL)
+  arguments = x_BHWC, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, launches
+  return _choose("bilstm2d", implementation, x_BHWC.shape, *arguments)(*arguments, unroll)
 
 
-def _choose(op, implementation, x, w_hh_GKF):
+def _choose(op, implementation, shape, x_BHWC, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, launches):
+  """The implementation for these arguments; `shape` is that of the input as the caller knows it."""
+  dtype, hidden = x_BHWC.dtype, w_hh_GKF.shape[1]
+
   def refuse():
     from kernels.lstm import mosaic
 
-    return mosaic.refuse(x.dtype, x.shape, w_hh_GKF.shape[1])
+    refusal = mosaic.refuse(dtype, shape, hidden)
+    if refusal or implementation:
+      return refusal
+    return next(filter(None, (mosaic.outrun(dtype, x_BHWC.shape, hidden, each) for each in launches)), None)
 
-  return dispatch.choose(op, IMPLEMENTATIONS, implementation, "xla", refuse)
+  def refuse_cudnn():
+    from kernels.lstm import cudnn
+
+    return cudnn.refuse(dtype, shape, launches)
+
+  return dispatch.choose(op, IMPLEMENTATIONS, implementation, "xla", refuse, {"cudnn": refuse_cudnn})
 
 
 def _project(x_BHWC, w_ih_CGF, b_ih_GF, b_hh_GF):

@@ -32,6 +32,13 @@ from kernels import dispatch, mosaic
 _GATES = 4
 _FEATURES = mosaic.WARPGROUP_ROWS  # hidden units of one warpgroup
 _RESERVED = 1024  # bytes of shared memory for barriers and alignment
+_REGISTERS = 65_536  # of a multiprocessor
+_LARGEST = 256  # hidden units: a warpgroup for every 64, and with more than four the registers would not suffice
+# Clock cycles that a step waits for the matrix unit, shared memory and barriers; for device memory; for the L2 cache.
+_LATENCY, _MEMORY_LATENCY, _L2_LATENCY = 600, 1000, 1100
+_CLOCK, _BANDWIDTH = 1.75e9, 4.3e12  # cycles, and bytes of device memory, in a second
+# Bytes of the L2 cache in a cycle, for one multiprocessor and for all of them. Assumed, as are the latencies.
+_L2_RATE, _L2_RATE_OF_ALL = 50, 3100
 # Blocks of features × lanes in every slot of the ring, and beside it: h before and after a step.
 _INFERENCE = _GATES, 2  # gates in
 _FORWARD = _GATES + 1, 2  # gates in; gates and the cell state out
@@ -76,8 +83,11 @@ class _Plan(NamedTuple):
     slots: of the ring.
     warpgroups: of a block.
     tile: columns of a swizzled tile in shared memory.
-    gate_rows: rows that the weights of a gate take.
+    gate_rows: rows that the weights of a gate take where all weights are resident.
     depth: columns of the weights: K rounded up to whole tiles.
+    itemsize: bytes of a number.
+    resident: tiles of every warpgroup's weights that stay in shared memory, if not all do.
+    weight_slots: of every warpgroup's ring for its other tiles; 0 where all weights are resident.
     shared_memory: bytes.
   """
 
@@ -87,46 +97,115 @@ class _Plan(NamedTuple):
   tile: int
   gate_rows: int
   depth: int
-  shared_memory: int
+  itemsize: int
+  resident: int = 0
+  weight_slots: int = 0
+  shared_memory: int = 0
 
   @property
   def weight_rows(self) -> int:
     return (_GATES - 1) * self.gate_rows + self.warpgroups * _FEATURES
 
-  def chunks(self):
-    """Blocks of 64 features that a product sums over, each with its width."""
-    return [(j, min(_FEATURES, self.depth - j * _FEATURES)) for j in range(-(-self.depth // _FEATURES))]
+  @property
+  def layer(self) -> int:
+    """Bytes of one tile of weights, 64 rows × `tile` columns, of each warpgroup: what is resident or copied as one."""
+    return self.warpgroups * _FEATURES * self.tile * self.itemsize
+
+  @property
+  def parts(self) -> int:
+    """Tiles in a block of 64 columns."""
+    return _FEATURES // self.tile
+
+  @property
+  def streamed(self) -> int:
+    """Tiles that each warpgroup copies at every step."""
+    return _GATES * self.depth // self.tile - self.resident if self.weight_slots else 0
+
+  def streamed_blocks(self, gate: int) -> range:
+    """Which of the blocks that are copied at every step, numbered as they are used, are those of a gate: its first."""
+    count = self.streamed // self.parts
+    return range(gate * count // _GATES, (gate + 1) * count // _GATES)
+
+  def order(self) -> list[tuple[int, int]]:
+    """All tiles, as pairs of their gate and number in it: those copied at every step, then the others."""
+    count = self.depth // self.tile
+    streamed = [len(self.streamed_blocks(gate)) * self.parts for gate in range(_GATES)]
+    tiles = itertools.product(range(_GATES), range(count))
+    return sorted(tiles, key=lambda tile: tile[1] >= streamed[tile[0]])  # which keeps their order otherwise
 
 
 def _plans(hidden: int, itemsize: int, blocks: int, buffers: int) -> Iterator[_Plan]:
-  """Plans that fit, with `blocks` blocks of features × lanes in every slot of the ring and `buffers` more of them."""
+  """Plans that fit, with `blocks` blocks of features × lanes in every slot of the ring and `buffers` more of them.
+
+  Where none has room for all weights, every plan keeps as many as fit.
+  """
   widest = 128 // itemsize
-  tile = widest if hidden <= widest else math.gcd(hidden, widest)
-  gate_rows, depth = mosaic.round_up(hidden, 8), mosaic.round_up(hidden, tile)
   warpgroups = -(-hidden // _FEATURES)
-  for lanes, slots in itertools.product((8, 16, 32), (2, 3, 4)):
-    plan = _Plan(lanes, slots, warpgroups, tile, gate_rows, depth, 0)
-    block = warpgroups * _FEATURES * lanes
-    needed = (plan.weight_rows * depth + (slots * blocks + buffers) * block) * itemsize + _RESERVED
+  any_resident = False
+  sizes = list(itertools.product((8, 16, 32), (2, 3, 4)))
+  for lanes, slots in sizes:
+    tile = widest if hidden <= widest else math.gcd(hidden, widest)
+    depth = mosaic.round_up(hidden, tile)
+    plan = _Plan(lanes, slots, warpgroups, tile, mosaic.round_up(hidden, 8), depth, itemsize)
+    needed = plan.weight_rows * depth * itemsize + _activations(plan, blocks, buffers)
     if needed <= mosaic.SHARED_MEMORY:
+      any_resident = True
       yield plan._replace(shared_memory=needed)
+  if any_resident:
+    return
+  depth = mosaic.round_up(hidden, _FEATURES)
+  for (lanes, slots), weight_slots in itertools.product(sizes, (2, 3, 4)):
+    plan = _Plan(lanes, slots, warpgroups, widest, 0, depth, itemsize, 0, weight_slots)
+    needed = _activations(plan, blocks, buffers)
+    resident = ((mosaic.SHARED_MEMORY - needed) // plan.layer - weight_slots) // plan.parts * plan.parts
+    plan = plan._replace(resident=resident, shared_memory=needed + (resident + weight_slots) * plan.layer)
+    # Wider tiles would not fit the registers, of which a warpgroup has the fewer the more there are.
+    if resident > 0 and weight_slots <= plan.streamed and lanes * warpgroups <= 64:
+      yield plan
+
+
+def _activations(plan, blocks, buffers):
+  """Bytes of shared memory for all but the weights."""
+  block = plan.warpgroups * _FEATURES * plan.lanes
+  return (plan.slots * blocks + buffers) * block * plan.itemsize + _RESERVED
 
 
 def _best_plan(layout: _Layout, hidden: int, itemsize: int, blocks: int, buffers: int) -> _Plan:
-  """The plan of the launch that is soonest done by a coarse model of its cycles."""
+  """The plan of the launch that is soonest done."""
+  return min(_plans(hidden, itemsize, blocks, buffers), key=lambda plan: (_cycles(layout, plan), -plan.slots))
 
-  def cycles(plan):
-    launched = len(layout.directions) * _tiles(layout, plan)
-    registers = 128 * plan.warpgroups * (72 + 4 * plan.lanes)
-    at_once = max(1, min(mosaic.SHARED_MEMORY // plan.shared_memory, 65_536 // registers))
-    sharing = min(at_once, -(-launched // mosaic.MULTIPROCESSORS))
-    # Busy: a cycle reads 128 bytes of weights, or does 16 of the five transcendental functions of a unit and lane.
-    busy = plan.weight_rows * plan.depth * itemsize / 128 + 5 / 16 * plan.warpgroups * _FEATURES * plan.lanes
-    step = max(600 + busy, sharing * busy)  # 600 for what waits: matrix unit, shared memory, barriers
-    step += max(0, 1000 - (plan.slots - 1.5) * step)  # 1000 from device memory, fetched so many steps ahead
-    return step * -(-launched // (sharing * mosaic.MULTIPROCESSORS)), -plan.slots
 
-  return min(_plans(hidden, itemsize, blocks, buffers), key=cycles)
+def _cycles(layout: _Layout, plan: _Plan) -> float:
+  """A coarse model of the clock cycles that all blocks take for a step."""
+  launched = len(layout.directions) * _tiles(layout, plan)
+  registers = 128 * plan.warpgroups * (72 + 4 * plan.lanes)
+  at_once = max(1, min(mosaic.SHARED_MEMORY // plan.shared_memory, _REGISTERS // registers))
+  sharing = min(at_once, -(-launched // mosaic.MULTIPROCESSORS))
+  # A cycle reads 128 bytes of weights, or does 16 of the five transcendental functions of a unit and lane.
+  if plan.weight_slots:
+    weights = (plan.resident + plan.streamed) * plan.layer
+  else:
+    weights = plan.weight_rows * plan.depth * plan.itemsize
+  functions = 5 / 16 * plan.warpgroups * _FEATURES * plan.lanes
+  busy = weights / 128 + functions
+  step = max(_LATENCY + busy, sharing * busy)
+  if plan.weight_slots:
+    ring = plan.weight_slots * plan.layer
+    rate = min(_L2_RATE, _L2_RATE_OF_ALL / min(launched, mosaic.MULTIPROCESSORS), ring / _L2_LATENCY)
+    # The ring fills while nothing is multiplied, and no further.
+    step = max(step, plan.streamed * plan.layer / rate + max(0, _LATENCY + functions - ring / rate))
+  step += max(0, _MEMORY_LATENCY - (plan.slots - 1.5) * step)  # fetched so many steps ahead
+  return step * -(-launched // (sharing * mosaic.MULTIPROCESSORS))
+
+
+def _scan_cycles(layout: _Layout, hidden: int, itemsize: int) -> float:
+  """Clock cycles that a step of XLA's scan takes at least: to start its kernels, and for device memory.
+
+  At least, as its products are not counted, and 5 µs is the lower end of what is assumed of the former. It reads
+  pre-activations, writes the gates in float32 and reads them again, and is about as much for a step of the gradient.
+  """
+  sequences = sum(layout.lines * layout.columns // layout.steps for _ in layout.directions)
+  return _CLOCK * (5e-6 + sequences * _GATES * hidden * (itemsize + 8) / _BANDWIDTH)
 
 
 def _tiles(layout: _Layout, plan: _Plan) -> int:
@@ -138,17 +217,27 @@ def _tiles(layout: _Layout, plan: _Plan) -> int:
 
 def _call(body, plan: _Plan, layout: _Layout, dtype, blocks: int, fetched: int, buffers: int, outputs):
   """The kernel with the scratch memory that both passes need; `fetched` of the blocks of a slot come from memory."""
-  tiled = (plgpu.TilingTransform((8, plan.tile)), plgpu.SwizzleTransform(plan.tile * dtype.itemsize))
+  transforms = (plgpu.TilingTransform((8, plan.tile)), plgpu.SwizzleTransform(plan.tile * dtype.itemsize))
+  shared = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
   block = (plan.warpgroups, plan.lanes, _FEATURES)
   copies = plan.lanes // layout.unit(plan.lanes) * fetched
-  scratch = [
-    plgpu.SMEM((plan.weight_rows, plan.depth), dtype, transforms=tiled),
-    *([plgpu.SMEM((buffers, *block), dtype, transforms=tiled)] if buffers else []),
-    plgpu.SMEM((plan.slots, blocks, *block), dtype, transforms=tiled),
-    plgpu.Barrier(),
-    plgpu.Barrier(num_barriers=plan.slots * plan.warpgroups, num_arrivals=copies),
-    plgpu.Barrier(num_arrivals=plan.warpgroups),
-  ]
+  scratch = dict(
+    ring=shared((plan.slots, blocks, *block)),
+    slot_here=plgpu.Barrier(num_barriers=plan.slots * plan.warpgroups, num_arrivals=copies),
+    met=plgpu.Barrier(num_arrivals=plan.warpgroups),
+  )
+  if buffers:
+    scratch["h_s"] = shared((buffers, *block))
+  if plan.weight_slots:
+    weights = plan.warpgroups, _FEATURES, plan.tile
+    scratch |= dict(
+      w_s=shared((plan.resident, *weights)),
+      weights_here=plgpu.Barrier(num_arrivals=plan.resident * plan.warpgroups),
+      weight_ring=shared((plan.weight_slots, *weights)),
+      weight_slot_here=plgpu.Barrier(num_barriers=plan.weight_slots * plan.warpgroups),
+    )
+  else:
+    scratch |= dict(w_s=shared((plan.weight_rows, plan.depth)), weights_here=plgpu.Barrier())
   return mosaic.kernel(
     body,
     out_type=outputs,
@@ -171,10 +260,9 @@ def _run_forward(z_RWQK, w_GKF, layout, keep):
   state = jax.ShapeDtypeStruct((*z_RWQK.shape[:2], len(layout.directions), hidden), dtype)
   each_unit = functools.partial(_each_unit, layout, plan)
 
-  def lstm_forward(z_g, w_g, *refs):
-    y_g, *kept_g = refs[: 3 if keep else 1]
-    w_s, h_s, ring, weights_here, slot_here, met = refs[3 if keep else 1 :]
+  def lstm_forward(z_g, w_g, y_g, *kept_g, ring, slot_here, met, h_s, **scratch):
     direction, own = lax.axis_index("direction"), lax.axis_index("warpgroup")
+    weights = _Weights(plan, layout.steps, w_g.at[direction], own, **scratch)
     features = pl.ds(own * _FEATURES, _FEATURES)
 
     def fetch(step):
@@ -191,11 +279,8 @@ def _run_forward(z_RWQK, w_GKF, layout, keep):
       last, now, slot = lax.rem(t, 2), lax.rem(t + 1, 2), lax.rem(t, plan.slots)
 
       def products(*accumulators):
-        for q, accumulator in enumerate(accumulators):
-          rows = pl.ds(q * plan.gate_rows + own * _FEATURES, _FEATURES)
-          for j, width in plan.chunks():
-            weights, h = w_s.at[rows, pl.ds(j * _FEATURES, width)], h_s.at[last, j].at[:, pl.ds(0, width)]
-            mosaic.wgmma(accumulator, weights, h.T)
+        for gate, accumulator in enumerate(accumulators):
+          weights.multiply(t, gate, accumulator, h_s.at[last])
         plgpu.barrier_wait(slot_here.at[slot * plan.warpgroups + own])
         return tuple(accumulator[...] for accumulator in accumulators)
 
@@ -228,12 +313,14 @@ def _run_forward(z_RWQK, w_GKF, layout, keep):
       each_unit(t, copy, storing=True)
       return c
 
-    _begin(plan, layout, w_g.at[direction], w_s, weights_here, fetch)
+    weights.begin()
+    for step_ahead in range(min(plan.slots - 1, layout.steps)):
+      fetch(step_ahead)
     zero = plgpu.layout_cast(jnp.zeros((_FEATURES, plan.lanes), jnp.float32), plgpu.Layout.WGMMA)
     _store(h_s.at[0, own], zero)
     plgpu.commit_smem()
     _meet(met)
-    plgpu.barrier_wait(weights_here)
+    weights.wait()
     lax.fori_loop(0, layout.steps, step, zero)
     plgpu.wait_smem_to_gmem(0)
 
@@ -248,8 +335,9 @@ def _run_backward(gates_RWQK, before_RWGK, dy_RWGK, w_GKF, layout):
   plan = _best_plan(layout, w_GKF.shape[1], dtype.itemsize, *_BACKWARD)
   each_unit = functools.partial(_each_unit, layout, plan)
 
-  def lstm_backward(gates_g, before_g, dy_g, w_g, dz_g, w_s, ring, weights_here, slot_here, met):
+  def lstm_backward(gates_g, before_g, dy_g, w_g, dz_g, ring, slot_here, met, **scratch):
     direction, own = lax.axis_index("direction"), lax.axis_index("warpgroup")
+    weights = _Weights(plan, layout.steps, w_g.at[direction], own, **scratch)
     features = pl.ds(own * _FEATURES, _FEATURES)
 
     def fetch(step):
@@ -268,11 +356,8 @@ def _run_backward(gates_RWQK, before_RWGK, dy_RWGK, w_GKF, layout):
       slot, last = lax.rem(n, plan.slots), lax.rem(n + plan.slots - 1, plan.slots)
 
       def products(accumulator):
-        for q in range(_GATES):
-          rows = pl.ds(q * plan.gate_rows + own * _FEATURES, _FEATURES)
-          for j, width in plan.chunks():
-            weights, dz = w_s.at[rows, pl.ds(j * _FEATURES, width)], ring.at[last, q, j].at[:, pl.ds(0, width)]
-            mosaic.wgmma(accumulator, weights, dz.T)
+        for gate in range(_GATES):
+          weights.multiply(n, gate, accumulator, ring.at[last, gate])
         plgpu.barrier_wait(slot_here.at[slot * plan.warpgroups + own])
         return accumulator[...]
 
@@ -300,13 +385,15 @@ def _run_backward(gates_RWQK, before_RWGK, dy_RWGK, w_GKF, layout):
       each_unit(layout.steps - 1 - n, copy, storing=True)
       return dc * f
 
-    _begin(plan, layout, w_g.at[direction], w_s, weights_here, fetch)
+    weights.begin()
+    for step_ahead in range(min(plan.slots - 1, layout.steps)):
+      fetch(step_ahead)
     zero = plgpu.layout_cast(jnp.zeros((_FEATURES, plan.lanes), jnp.float32), plgpu.Layout.WGMMA)
     for q in range(_GATES):
       _store(ring.at[plan.slots - 1, q, own], zero)  # where the first step looks for dz of the step after it
     plgpu.commit_smem()
     _meet(met)
-    plgpu.barrier_wait(weights_here)
+    weights.wait()
     lax.fori_loop(0, layout.steps, step, zero)
     plgpu.wait_smem_to_gmem(0)
 
@@ -316,15 +403,67 @@ def _run_backward(gates_RWQK, before_RWGK, dy_RWGK, w_GKF, layout):
   return kernel(gates_RWQK, before_RWGK, dy_RWGK, weights)[0]
 
 
-def _begin(plan, layout, w_g, w_s, weights_here, fetch):
-  """Starts the copies of the weights and of the first steps: all slots but the last."""
+class _Weights:
+  """The recurrent weights of a warpgroup's hidden units: in shared memory, or copied there at every step."""
 
-  @pl.when(lax.axis_index("warpgroup") == 0)
-  def _():
-    plgpu.copy_gmem_to_smem(w_g, w_s, weights_here)
+  def __init__(self, plan, steps, w_g, own, *, w_s, weights_here, weight_ring=None, weight_slot_here=None):
+    self.plan, self.steps, self.w_g, self.own = plan, steps, w_g, own
+    self.w_s, self.weights_here, self.ring, self.slot_here = w_s, weights_here, weight_ring, weight_slot_here
 
-  for step in range(min(plan.slots - 1, layout.steps)):
-    fetch(step)
+  def begin(self):
+    """Starts the copies of what stays, and of the first blocks of the first step."""
+    if not self.plan.weight_slots:
+      pl.when(self.own == 0)(lambda: plgpu.copy_gmem_to_smem(self.w_g, self.w_s, self.weights_here))
+      return
+    for number in range(self.plan.resident):
+      source = self.w_g.at[self.plan.streamed + number, self.own]
+      plgpu.copy_gmem_to_smem(source, self.w_s.at[number, self.own], self.weights_here)
+    for number in range(self.plan.weight_slots):
+      self._fetch(number, number)
+
+  def wait(self):
+    """Until all that stays is there."""
+    plgpu.barrier_wait(self.weights_here)
+
+  def multiply(self, step, gate, accumulator, x):
+    """Adds the product of a gate's weights and x, (blocks of 64 columns, lanes, 64), to the accumulator."""
+    plan = self.plan
+    if not plan.weight_slots:
+      rows = pl.ds(gate * plan.gate_rows + self.own * _FEATURES, _FEATURES)
+      for start in range(0, plan.depth, _FEATURES):
+        width = min(_FEATURES, plan.depth - start)
+        weights, columns = self.w_s.at[rows, pl.ds(start, width)], x.at[start // _FEATURES].at[:, pl.ds(0, width)]
+        mosaic.wgmma(accumulator, weights, columns.T)
+      return
+    streamed = plan.streamed_blocks(gate)
+
+    def copied_block(block, carry):
+      for part in range(plan.parts):
+        number = step * plan.streamed + (streamed.start + block) * plan.parts + part
+        slot = lax.rem(number, plan.weight_slots)
+        plgpu.barrier_wait(self._here(slot))
+        mosaic.wgmma(accumulator, self.ring.at[slot, self.own], self._tile(x, block, part).T)
+        # The barrier of `commit_smem` is meant: all warps have read their rows before one lets them be overwritten.
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()
+        later = number + plan.weight_slots
+        pl.when(later < self.steps * plan.streamed)(functools.partial(self._fetch, lax.rem(later, plan.streamed), slot))
+      return carry
+
+    lax.fori_loop(0, len(streamed), copied_block, None)
+    before = gate * plan.depth // plan.tile - streamed.start * plan.parts  # resident tiles of the gates before
+    for n in range(plan.depth // plan.tile - len(streamed) * plan.parts):
+      block, part = divmod(len(streamed) * plan.parts + n, plan.parts)
+      mosaic.wgmma(accumulator, self.w_s.at[before + n, self.own], self._tile(x, block, part).T)
+
+  def _tile(self, x, block, part):
+    return x.at[block].at[:, pl.ds(part * self.plan.tile, self.plan.tile)]
+
+  def _fetch(self, number, slot):
+    plgpu.copy_gmem_to_smem(self.w_g.at[number, self.own], self.ring.at[slot, self.own], self._here(slot))
+
+  def _here(self, slot):
+    return self.slot_here.at[slot * self.plan.warpgroups + self.own]
 
 
 def _meet(barrier):
@@ -347,12 +486,18 @@ def _store(ref, value):
 
 
 def _stacked(w_GKF, plan, transposed):
-  """Weights as (G, rows, depth) for shared memory: a gate's K rows after the other's, and zeros where K is padded.
+  """Weights in the order in which they are copied; rows are hidden units and columns are gate pre-activations, or the
+  other way round if `transposed`.
 
-  Rows are hidden units and columns are gate pre-activations, or the other way round if `transposed`.
+  Where all are resident: (G, rows, depth), a gate's K rows after the other's, and zeros where K is padded. Else
+  (G, tiles in `plan.order`, warpgroups, 64, columns).
   """
   directions, hidden, _ = w_GKF.shape
   w = w_GKF.reshape(directions, hidden, _GATES, hidden).transpose((0, 2, 3, 1) if transposed else (0, 2, 1, 3))
+  if plan.weight_slots:
+    w = mosaic.pad_axis(mosaic.pad_axis(w, 2, plan.warpgroups * _FEATURES), 3, plan.depth)
+    w = w.reshape(directions, _GATES, plan.warpgroups, _FEATURES, -1, plan.tile)
+    return jnp.stack([w[:, gate, :, :, number] for gate, number in plan.order()], 1)
   w = mosaic.pad_axis(mosaic.pad_axis(w, 2, plan.gate_rows), 3, plan.depth)
   return mosaic.pad_axis(w.reshape(directions, _GATES * plan.gate_rows, plan.depth), 1, plan.weight_rows)
 
@@ -462,18 +607,25 @@ def refuse(dtype, shape: tuple[int, ...], hidden: int) -> str | None:
     return f"it takes float32 or bfloat16, and the input is {dtype}"
   if 0 in shape:
     return f"an input of shape {tuple(shape)} is empty"
-  if _fits(_padded_hidden(hidden, dtype.itemsize), dtype.itemsize):
-    return None
-  largest = next(k for k in range(hidden, 0, -1) if _fits(_padded_hidden(k, dtype.itemsize), dtype.itemsize))
-  return (
-    f"the recurrent weights of {hidden} hidden units in {dtype} take {_GATES * hidden**2 * dtype.itemsize // 1024} "
-    f"KiB, and must lie in {mosaic.SHARED_MEMORY // 1024} KiB of shared memory with a few steps; up to {largest} do"
-  )
+  if hidden > _LARGEST:
+    return f"it takes up to {_LARGEST} hidden units, whose states fill the registers of a multiprocessor; not {hidden}"
+  return None
 
 
-def _fits(hidden, itemsize):
-  plans = _plans(hidden, itemsize, *_FORWARD), _plans(hidden, itemsize, *_BACKWARD)
-  return all(any(plan) for plan in plans)
+def outrun(dtype, shape: tuple[int, ...], hidden: int, directions: tuple[tuple[int, bool], ...]) -> str | None:
+  """Why XLA's scan is predicted to be faster, in words; None if it is not. For arguments that `refuse` accepts."""
+  itemsize = jnp.dtype(dtype).itemsize
+  layout, wide = _layout(shape, directions), _padded_hidden(hidden, itemsize)
+  scan = _scan_cycles(layout, hidden, itemsize)
+  for blocks, buffers in (_FORWARD, _BACKWARD):
+    plan = _best_plan(layout, wide, itemsize, blocks, buffers)
+    cycles = _cycles(layout, plan)
+    if plan.weight_slots and cycles > scan:
+      return (
+        f"predicted, a step of {hidden} hidden units in {jnp.dtype(dtype)} takes {cycles / _CLOCK * 1e6:.1f} µs, as "
+        f"shared memory does not hold all weights, and one of XLA's scan {scan / _CLOCK * 1e6:.1f} µs or more"
+      )
+  return None
 
 
 def _recurrence(z_BHWF, w_hh_GKF, directions):

@@ -46,7 +46,7 @@ LSTM = {
 
 
 def cases() -> Iterator[Case]:
-  """Every shape in both dtypes, with "mosaic" where it can serve; weights are float32 as in the models."""
+  """Every shape in both dtypes; weights are float32 as in the models."""
   for dtype in (jnp.float32, jnp.bfloat16):
     for name, shape in BILSTM2D.items():
       yield _case(name, dtype, kernels.lstm.bilstm2d, 4, shape.hidden, shape[:4], max(shape.rows, shape.columns))
@@ -55,8 +55,6 @@ def cases() -> Iterator[Case]:
 
 
 def _case(name, dtype, operation, directions, hidden, x_shape, steps):
-  from kernels.lstm import mosaic  # loads Pallas
-
   channels, positions = x_shape[-1], math.prod(x_shape[:-1])
   gates = directions * 4 * hidden
 
@@ -87,7 +85,7 @@ def _case(name, dtype, operation, directions, hidden, x_shape, steps):
       jax.ShapeDtypeStruct((directions, hidden, 4 * hidden), jnp.float32),
       *[jax.ShapeDtypeStruct((directions, 4 * hidden), jnp.float32)] * 2,
     ),
-    implementations=("xla",) if mosaic.refuse(dtype, x_shape, hidden) else ("xla", "mosaic"),
+    implementations=("xla", "mosaic", "cudnn"),
     batched=(True, False, False, False, False),
     differentiate=(0, 1, 2, 3, 4),
     transferred=(forward, forward + 2 * (z + y) + y + 4 * z + x + y + x),

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import rnn
 
 import kernels.lstm
+from kernels import dispatch
+from kernels.lstm import cudnn
 
 
 def parameters(rng, channels, hidden, directions):
@@ -126,6 +129,128 @@ def test_wrong_shapes_and_names_are_refused():
     kernels.lstm.bilstm2d(x, w_ih, w_hh, b_ih, b_hh)
   with pytest.raises(ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla'"):
     kernels.lstm.lstm(x, w_ih, w_hh, b_ih, b_hh, implementation="cuda")
+
+
+@pytest.fixture
+def cudnn_by_jax(monkeypatch):
+  """In place of cuDNN: JAX's own reference of it, in jnp, which reads the same packed weights."""
+
+  def lstm(x, h_0, c_0, weights, lengths, channels, hidden, layers, dropout, bidirectional, precision):
+    sizes = channels, hidden, layers
+    unpacked = rnn.unpack_lstm_weights(weights, *sizes, bidirectional)
+    return rnn.lstm_ref(x, h_0, c_0, *unpacked, lengths, *sizes, dropout, bidirectional)
+
+  monkeypatch.setattr(rnn, "lstm", lstm)
+  monkeypatch.setattr(cudnn, "refuse", lambda *_: None)
+
+
+@pytest.fixture
+def cudnn_without_a_gpu(monkeypatch):
+  """As if cuDNN were here, as far as tracing goes."""
+  monkeypatch.setattr(rnn.gpu_rnn, "compute_rnn_workspace_reserve_space_sizes", lambda *_: (2, 3), raising=False)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_cudnn_weights_are_packed_as_they_are_unpacked():
+  rng = np.random.RandomState(6)
+  w_ih, w_hh, b_ih, b_hh = _float32(*parameters(rng, 3, 5, 2))
+  packed = cudnn.pack(w_ih, w_hh, b_ih, b_hh)
+  assert packed.shape == (rnn.get_num_params_in_lstm(3, 5, 1, True),)
+  unpacked = rnn.unpack_lstm_weights(packed, 3, 5, 1, True)
+  for g in range(2):
+    for ours, theirs in zip((w_ih[:, g].T, w_hh[g].T, b_ih[g], b_hh[g]), unpacked, strict=True):
+      np.testing.assert_array_equal(ours, theirs[g])
+
+
+@pytest.mark.parametrize("shape,directions", [((3, 7, 5), 1), ((3, 7, 5), 2), ((2, 4, 4, 5), 4), ((2, 3, 5, 5), 4)])
+def test_cudnn_equals_reference_with_gradients(cudnn_by_jax, shape, directions):
+  rng = np.random.RandomState(7)
+  arrays = _float32(rng.randn(*shape), *parameters(rng, 5, 6, directions))
+
+  def run(implementation, *arrays):
+    if len(shape) == 4:
+      return kernels.lstm.bilstm2d(*arrays, implementation=implementation)
+    return kernels.lstm.lstm(*arrays, reverse=(False, True)[:directions], implementation=implementation)
+
+  ours, pull = jax.vjp(lambda *a: run("cudnn", *a), *arrays)
+  truth, true_pull = jax.vjp(lambda *a: run("reference", *a), *arrays)
+  cotangent = jnp.asarray(rng.randn(*ours.shape), jnp.float32)
+  for a, b in zip((ours, *pull(cotangent)), (truth, *true_pull(cotangent)), strict=True):
+    assert relative_error(a, np.asarray(b, np.float64)) < 5e-6
+
+
+def test_cudnn_is_differentiated_and_keeps_to_the_precision_asked_for(cudnn_without_a_gpu):
+  """Traced only: cuDNN's forward pass and its gradient, in float32 for a bfloat16 input."""
+  rng = np.random.RandomState(8)
+  x, *weights = _float32(rng.randn(2, 3, 4), *parameters(rng, 4, 5, 2))
+
+  def loss(x, *weights):
+    y = kernels.lstm.lstm(x, *weights, implementation="cudnn")
+    assert y.dtype == jnp.bfloat16 and y.shape == (2, 3, 10)
+    return (y.astype(jnp.float32) ** 2).sum()
+
+  for precision, allowed in ((None, True), ("highest", False)):
+    with jax.default_matmul_precision(precision):
+      jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=range(5)))(x.astype(jnp.bfloat16), *weights)
+    ours = [e for e in jaxpr.eqns if e.primitive in (rnn.rnn_fwd_p, rnn.rnn_bwd_p)]
+    assert [e.primitive for e in ours] == [rnn.rnn_fwd_p, rnn.rnn_bwd_p]
+    assert all(e.params["bidirectional"] and e.params["cudnn_allow_tf32"] == allowed for e in ours)
+    assert [(a.shape, a.dtype) for a in jaxpr.out_avals] == [
+      ((2, 3, 4), jnp.bfloat16),
+      *((w.shape, jnp.float32) for w in weights),
+    ]
+
+
+def test_cudnn_refuses_where_it_is_not():
+  rng = np.random.RandomState(9)
+  arrays = _float32(rng.randn(2, 3, 3, 4), *parameters(rng, 4, 5, 4))
+  refused = pytest.raises(dispatch.UnsupportedError, match=r"bilstm2d: .*'cudnn' cannot serve: .* GPU, and this is cpu")
+  with dispatch.compiling_for("cpu"), refused:
+    kernels.lstm.bilstm2d(*arrays, implementation="cudnn")
+  with dispatch.compiling_for("gpu"), pytest.raises(dispatch.UnsupportedError, match="asks cuDNN for sizes while"):
+    kernels.lstm.bilstm2d(*arrays, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+  "shape,dtype,reverse,reason",
+  [
+    ((2, 3, 4), jnp.float16, (False,), "float32 or bfloat16, and the input is float16"),
+    ((2, 0, 4), jnp.float32, (False,), r"an input of shape \(2, 0, 4\) is empty"),
+    ((2, 3, 4), jnp.float32, (True,), r"reverse=\(False,\) or \(False, True\), not \(True,\)"),
+  ],
+)
+def test_cudnn_refuses_what_it_cannot_do(cudnn_without_a_gpu, shape, dtype, reverse, reason):
+  weights = _float32(*parameters(np.random.RandomState(10), 4, 5, len(reverse)))
+  with pytest.raises(dispatch.UnsupportedError, match=f"'cudnn' cannot serve: .*{reason}"):
+    kernels.lstm.lstm(jnp.zeros(shape, dtype), *weights, reverse=reverse, implementation="cudnn")
+
+
+def test_cudnn_has_no_vmap(cudnn_without_a_gpu):
+  rng = np.random.RandomState(11)
+  x, *weights = _float32(rng.randn(2, 2, 3, 4), *parameters(rng, 4, 5, 2))
+  with pytest.raises(dispatch.UnsupportedError, match=r"'cudnn' cannot serve: .*rnn_fwd"):
+    jax.eval_shape(jax.vmap(lambda x: kernels.lstm.lstm(x, *weights, implementation="cudnn")), x)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+@pytest.mark.parametrize("shape,directions", [((3, 7, 5), 1), ((64, 33, 96), 2), ((2, 8, 8, 24), 4), ((2, 3, 5, 5), 4)])
+def test_cudnn_itself_equals_reference_with_gradients(shape, directions):
+  rng = np.random.RandomState(12)
+  arrays = _float32(rng.randn(*shape), *parameters(rng, shape[-1], 48, directions))
+
+  def both(implementation, *arrays):
+    def run(*arrays):
+      if len(shape) == 4:
+        return kernels.lstm.bilstm2d(*arrays, implementation=implementation)
+      return kernels.lstm.lstm(*arrays, reverse=(False, True)[:directions], implementation=implementation)
+
+    y, pull = jax.vjp(run, *arrays)
+    return y, *pull(jnp.cos(y))
+
+  with jax.default_matmul_precision("highest"):
+    ours, truth = (jax.jit(both, static_argnums=0)(name, *arrays) for name in ("cudnn", "reference"))
+  for a, b in zip(ours, truth, strict=True):
+    assert relative_error(a, np.asarray(b, np.float64)) < 1e-4
 
 
 def _float32(*arrays):

@@ -32,7 +32,7 @@ FFT_MIXING = {
 
 def cases() -> Iterator[common.Case]:
   """All shapes in float32 and bfloat16; "mosaic" where it serves."""
-  from kernels.fft_mixing import fft_mixing, mosaic, two_level
+  from kernels.fft_mixing import fft_mixing, mosaic
 
   for name, shape in FFT_MIXING.items():
     batch, tokens, width = shape
@@ -43,7 +43,7 @@ def cases() -> Iterator[common.Case]:
       transferred = 2.0 * x_BLD.size * x_BLD.dtype.itemsize
       # Two products each with quarter matrices of D and with halves of quarter matrices of L for every half of y; or,
       # in two levels, of complex numbers for half of the tokens and for half of the columns.
-      levels = two_level.factors(tokens)
+      levels = mosaic.levels(tokens, width)
       by_length = 2 * levels[0] + levels[1] if levels else tokens / mosaic.halves(tokens)
       operations = batch * tokens * width * (width / 2 + by_length)
       yield common.Case(

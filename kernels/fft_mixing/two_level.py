@@ -15,11 +15,18 @@ columns suffices: y[k, D − e] = y[−k, e]. Rows −k are those of residue J �
 0, with −s): a second matrix of level 2 computes them in this order. Their columns stand in reverse; a product with a
 permutation matrix turns them.
 
+XLA folds x into the halves of the columns that the cosines and the sines of the width see, for the tokens that are
+needed. One kernel takes the products with these and level 1, the other level 2. In units of x's size, memory sees 1
+read and ½ written, ½ read and ½ written, ½ read and 1 written.
+
 Axes beside B, L and D: E, the frequencies 0 … D/2 of the width; J and R (residues of k), of length J; M and S, of
-length M; O, the M real numbers that level 2 sums; C, the cosines' and the sines' matrix; P, the parts of a number. A
-bfloat16 array has one part; a float32 one has TF32 products up to level 1, whose result has two parts, bfloat16 numbers
-whose sum it is to 16 bits: TF32 operands would have to lie transposed there.
+length M; O, the M real numbers that level 2 sums; K, columns that a product sums; C, the cosines' and the sines'
+matrix; P, the parts of a number. A bfloat16 array has one part. For float32 the product along the width is TF32's, and
+its result and all that follows have two parts, bfloat16 numbers whose sum it is to 16 bits, and a product of two such
+arrays is the sum of three: TF32 operands would have to lie transposed.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +37,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import mosaic
 from kernels.fft_mixing import mosaic as direct
-from kernels.fft_mixing import xla
 
 LENGTHS = "a multiple of 512 from 2560 to 8192 or of 1024 to 16384"
 _ROWS = mosaic.WARPGROUP_ROWS
@@ -53,35 +59,35 @@ def mixing(x_BLD: jax.Array) -> jax.Array:
   """
   batch, length, width = x_BLD.shape
   first, second = factors(length)
-  p_BEMJ, q_BEMJ = _by_width(x_BLD, first, second)
-  t_PBROE = _level_1(_first_matrices(first, second, x_BLD.dtype), p_BEMJ, q_BEMJ, width // 2 + 16)
+  matrices = _width_matrices(width, x_BLD.dtype), _first_matrices(first, second, x_BLD.dtype)
+  t_PBROE = _level_1(*matrices, _folded(x_BLD, first, second), first, width // 2 + 16)
   return _level_2(_second_matrices(second, x_BLD.dtype), t_PBROE, width, x_BLD.dtype).reshape(batch, length, width)
 
 
-# ------------------------------------------------------------------------------------------- width
+def _folded(x_BLD, first, second):
+  """What the products with the cosines and the sines of D read, for the residues 0 … M/2: (B, M, J, D), J padded.
 
+  The columns 0 … D/2 of the part of x that is even along both axes, then 1 … D/2 − 1 of the odd one. Rows are gathered,
+  as XLA makes one loop of that; of slices and reversals it makes two, and keeps the opposite rows in memory.
+  """
+  batch, length, width = x_BLD.shape
+  half = width // 2
+  m, j = (lax.broadcasted_iota(jnp.int32, (second // 2 + 1, first), axis) for axis in range(2))
+  n = (m + second * j).reshape(-1)
 
-def _by_width(x_BLD, first, second):
-  """2P and 2Q for the residues 0 … M/2: two arrays (B, E, M, J) in x's dtype, E padded to a multiple of 8."""
-  batch, _, width = x_BLD.shape
-  dtype = x_BLD.dtype
-  x_BLD = x_BLD.astype(jnp.float32)
-  opposite_BLD = jnp.roll(lax.rev(x_BLD, (1,)), 1, 1)
+  def rows(n):
+    return x_BLD.at[:, n].get(mode="promise_in_bounds").astype(jnp.float32)
 
-  def by_residue(x_BLD):
-    x_BJMD = x_BLD.reshape(batch, first, second, width)[:, :, : second // 2 + 1]
-    return x_BJMD.swapaxes(1, 2).reshape(batch, -1, width)
-
-  x_BND, opposite_BND = by_residue(x_BLD), by_residue(opposite_BLD)
-  products = []
-  for wave, part_BND in (
-    (jnp.cos, xla._fold(x_BND + opposite_BND, 2)[0]),
-    (jnp.sin, xla._fold(x_BND - opposite_BND, 2)[1]),
-  ):
-    matrix_ED = direct._matrix(wave, width, width // 2 + 1, part_BND.shape[2])
-    product_BEN = direct._first_product(*(direct._operand(x, dtype) for x in (matrix_ED, part_BND)))
-    products.append(product_BEN.reshape(batch, -1, second // 2 + 1, first))
-  return products
+  x_BND, opposite_BND = rows(n), rows(jnp.where(n > 0, length - n, 0))
+  even, odd = x_BND + opposite_BND, x_BND - opposite_BND
+  columns = (
+    even[..., :1],
+    even[..., 1:half] + lax.rev(even[..., half + 1 :], (2,)),
+    even[..., half : half + 1],
+    odd[..., 1:half] - lax.rev(odd[..., half + 1 :], (2,)),
+  )
+  u_BMJD = _rounded(jnp.concatenate(columns, 2), x_BLD.dtype).reshape(batch, second // 2 + 1, first, width)
+  return mosaic.pad_axis(u_BMJD, 2, mosaic.round_up(first, _ROWS))
 
 
 # ------------------------------------------------------------------------------------------- both levels
@@ -126,14 +132,28 @@ def _parts(x, dtype):
   return (high,) if dtype == jnp.bfloat16 else (high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
+def _rounded(x, dtype):
+  """x as the tensor cores read it: bfloat16, or float32 with TF32's eleven bits."""
+  return x.astype(dtype) if dtype == jnp.bfloat16 else lax.reduce_precision(x, 8, 10)
+
+
+def _width_matrices(width, dtype):
+  """Cosines for the columns 0 … D/2 of `_folded` and those after, sines for its columns D/2 …: (C, E, D/2 + a step)."""
+  columns, half = mosaic.round_up(width // 2 + 16, _COMPUTED), width // 2
+  cosines_ED = direct._matrix(jnp.cos, width, columns, half + 1)
+  sines_ED = jnp.pad(direct._matrix(jnp.sin, width, columns, half - 1), [(0, 0), (1, 0)])
+  whole = half + direct._depth(dtype)
+  return _rounded(jnp.stack([mosaic.pad_axis(x, 1, whole) for x in (cosines_ED, sines_ED)]), dtype)
+
+
 def _first_matrices(first, second, dtype):
-  """Cosines and sines of 2πr(M·j + m)/L: (M/2 + 1, C, R, J), with zeros up to whole tiles."""
+  """Cosines and sines of 2πr(M·j + m)/L: (M/2 + 1, C, P, R, J), with zeros up to whole tiles."""
   length = first * second
   m, r, j = (lax.broadcasted_iota(jnp.int32, (second // 2 + 1, first, first), axis) for axis in range(3))
   angles_MRJ = 2 * np.pi / length * (r * (m + second * j) % length).astype(jnp.float32)
   matrix_MCRJ = jnp.stack([jnp.cos(angles_MRJ), jnp.sin(angles_MRJ)], 1)
   padding = mosaic.round_up(first, _ROWS) - first
-  return direct.rounded(jnp.pad(matrix_MCRJ, [(0, 0)] * 2 + [(0, padding)] * 2), dtype)
+  return jnp.stack(_parts(jnp.pad(matrix_MCRJ, [(0, 0)] * 2 + [(0, padding)] * 2), dtype), 2)
 
 
 def _second_matrices(second, dtype):
@@ -152,74 +172,101 @@ def _second_matrices(second, dtype):
   return jnp.stack(_parts(matrices, dtype), 1)
 
 
-def _level_1(matrix_MCRJ, p_BEMJ, q_BEMJ, columns):
-  """t, with the sign of its imaginary part changed: (P, B, R, O, E) with `columns` columns.
+def _level_1(width_CEK, matrix_MCPRJ, u_BMJD, first, columns):
+  """t, with the sign of its imaginary part changed: (P, B, R, O, E) with R = `first` and E = `columns`.
 
-  One warpgroup of a block sums the real parts, C p − S q, the other the imaginary ones, S p + C q, for 64 rows r.
+  One warpgroup of a block takes the cosines and the other the sines of the width, for all j. Then one sums the real
+  parts, C p − S q, and the other the imaginary ones, S p + C q, for 64 rows r.
   """
-  (batch, _, residues, first), dtype = p_BEMJ.shape, p_BEMJ.dtype
-  half, parts, depth = residues - 1, len(_parts(jnp.zeros(()), dtype)), direct._depth(dtype)
-  chunks = matrix_MCRJ.shape[3] // depth  # of J; a step reads one of p or of q
+  (batch, residues, tall, width), dtype = u_BMJD.shape, u_BMJD.dtype
+  half, parts, depth = residues - 1, matrix_MCPRJ.shape[2], direct._depth(dtype)
+  steps, tiles = width_CEK.shape[2] // depth, tall // _ROWS
   across, down = pl.cdiv(columns, _COMPUTED), pl.cdiv(first, _ROWS)
   samples = _samples(batch, residues * across * down)
-  slots, total = 4, samples * 2 * chunks
+  total = samples * tiles * steps
+  resident, slots = _level_1_choice(width, tall, dtype)
 
-  def fft_mixing_level_1(matrix_g, p_g, q_g, t_g, matrix_s, operand_s, here, full, empty, out_s):
+  def fft_mixing_level_1(
+    width_g, matrix_g, u_g, t_g, width_s, matrix_s, u_s, here, full, written, read, product_s, out_s
+  ):
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     m, block = lax.rem(block, residues), lax.div(block, residues)
     row, block = lax.rem(block, down) * _ROWS, lax.div(block, down)
     column, sample = lax.rem(block, across) * _COMPUTED, lax.div(block, across) * samples
 
-    def fetch(i, slot):
-      b, chunk = sample + lax.div(i, 2 * chunks), lax.rem(i, 2 * chunks)
+    def fetch_matrix(wave, i, target, barrier):
+      source = width_g.at[wave, pl.ds(column, _COMPUTED), pl.ds(i * depth, depth)]
+      plgpu.copy_gmem_to_smem(source, target, barrier)
 
-      def copy(operand_g, chunk):
-        source = operand_g.at[b, pl.ds(column, _COMPUTED), m, pl.ds(chunk * depth, depth)]
-        plgpu.copy_gmem_to_smem(source, operand_s.at[slot], full.at[slot])
+    def fetch(i):
+      """Step i of this warpgroup, which alone reads it. Past the last column, where the matrix is 0, come zeros."""
+      slot, step, tile = lax.rem(i, slots), lax.rem(i, steps), lax.rem(lax.div(i, steps), tiles)
+      deep = pl.ds(warpgroup * (width // 2) + step * depth, depth)
+      source = u_g.at[sample + lax.div(i, steps * tiles), m, pl.ds(tile * _ROWS, _ROWS), deep]
+      barrier = full.at[warpgroup * slots + slot]
+      plgpu.copy_gmem_to_smem(source, u_s.at[warpgroup, slot], barrier)
+      if not resident:
+        fetch_matrix(warpgroup, step, width_s.at[warpgroup, slot], barrier)
 
-      pl.when(chunk < chunks)(lambda: copy(p_g, chunk))
-      pl.when(chunk >= chunks)(lambda: copy(q_g, chunk - chunks))
+    def by_width(first_step, accumulator):
+      for step in range(steps):
+        i = first_step + step
+        slot = lax.rem(i, slots)
+        plgpu.barrier_wait(full.at[warpgroup * slots + slot])
+        mosaic.wgmma(accumulator, u_s.at[warpgroup, slot], width_s.at[warpgroup, step if resident else slot].T)
+        plgpu.wgmma_wait(0)
+        pl.when(i + slots < total)(functools.partial(fetch, i + slots))
+      return accumulator[...]
+
+    def by_first(p_sum, q_sum):
+      for product, accumulator in enumerate((p_sum, q_sum)):
+        wave = warpgroup if product == 0 else 1 - warpgroup
+        # The product of two remainders is left out: it is below the precision of the sum.
+        for part, other in [(0, 0), (1, 0), (0, 1)][: 2 * parts - 1]:
+          mosaic.wgmma(accumulator, matrix_s.at[wave, part], product_s.at[product, other])
+      plgpu.wgmma_wait(0)
+      return p_sum[...] + jnp.where(warpgroup == 0, -1.0, 1.0) * q_sum[...]
 
     def one_sample(n, carry):
-      def products(p_sum, q_sum):
-        for c in range(2 * chunks):
-          i = n * 2 * chunks + c
-          _next(i, total, slots, fetch, empty)
-          slot = lax.rem(i, slots)
-          plgpu.barrier_wait(full.at[slot])
-          factor = warpgroup if c < chunks else 1 - warpgroup
-          operand = matrix_s.at[factor, :, pl.ds(c % chunks * depth, depth)]
-          mosaic.wgmma(p_sum if c < chunks else q_sum, operand, operand_s.at[slot].T)
-          plgpu.wgmma_wait(0)
-          _release(i, total, slots, empty)
-        return p_sum[...] + jnp.where(warpgroup == 0, -1.0, 1.0) * q_sum[...]
-
-      value = pl.run_scoped(products, *[plgpu.ACC((_ROWS, _COMPUTED))] * 2)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what stood in `out_s` has left
-      for part, value_part in enumerate(_parts(value, dtype)):
-        out_s[warpgroup, part] = value_part
+      for tile in range(tiles):
+        product = functools.partial(by_width, (n * tiles + tile) * steps)
+        value = pl.run_scoped(product, plgpu.ACC((_ROWS, _COMPUTED)))
+        for part, value_part in enumerate(_parts(value, dtype)):
+          product_s[warpgroup, part, pl.ds(tile * _ROWS, _ROWS)] = value_part
       plgpu.commit_smem()
+      plgpu.barrier_arrive(written)
+      plgpu.barrier_wait(written)
+      value = pl.run_scoped(by_first, *[plgpu.ACC((_ROWS, _COMPUTED))] * 2)
+      plgpu.barrier_arrive(read)
+      for part, value_part in enumerate(_parts(value, dtype)):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what stood in `out_s` has left
+        out_s[warpgroup] = value_part
+        plgpu.commit_smem()
 
-      def write(o):
-        for part in range(parts):
+        def write(o, part=part):
           target = t_g.at[part, sample + n, pl.ds(row, _ROWS), o, pl.ds(column, _COMPUTED)]
-          plgpu.copy_smem_to_gmem(out_s.at[warpgroup, part], target)
+          plgpu.copy_smem_to_gmem(out_s.at[warpgroup], target)
 
-      pl.when(warpgroup == 0)(lambda: write(m))
-      pl.when((warpgroup == 1) & (m > 0) & (m < half))(lambda: write(half + m))
+        pl.when(warpgroup == 0)(functools.partial(write, m))
+        pl.when((warpgroup == 1) & (m > 0) & (m < half))(functools.partial(write, half + m))
+      plgpu.barrier_wait(read)  # both have, so that the next products may be written
       return carry
 
     @pl.when(warpgroup == 0)
     def _():
       for wave in range(2):
-        plgpu.copy_gmem_to_smem(matrix_g.at[m, wave, pl.ds(row, _ROWS)], matrix_s.at[wave], here)
+        for part in range(parts):
+          plgpu.copy_gmem_to_smem(matrix_g.at[m, wave, part, pl.ds(row, _ROWS)], matrix_s.at[wave, part], here)
+        for step in range(steps if resident else 0):
+          fetch_matrix(wave, step, width_s.at[wave, step], here)
 
-    _start(total, slots, fetch)
+    for i in range(min(total, slots)):
+      fetch(i)
     plgpu.barrier_wait(here)
     lax.fori_loop(0, samples, one_sample, None)
     plgpu.wait_smem_to_gmem(0)
 
-  transforms = mosaic.swizzled(depth, dtype)
+  transforms, tall_transforms = mosaic.swizzled(depth, dtype), mosaic.swizzled(_COMPUTED, jnp.bfloat16)
   return mosaic.kernel(
     fft_mixing_level_1,
     out_type=jax.ShapeDtypeStruct((parts, batch, first, 2 * half, columns), jnp.bfloat16),
@@ -228,14 +275,29 @@ def _level_1(matrix_MCRJ, p_BEMJ, q_BEMJ, columns):
     num_threads=2,
     thread_name="warpgroup",
     scratch_types=[
-      plgpu.SMEM((2, _ROWS, matrix_MCRJ.shape[3]), dtype, transforms=transforms),
-      plgpu.SMEM((slots, _COMPUTED, depth), dtype, transforms=transforms),
+      plgpu.SMEM((2, steps if resident else slots, _COMPUTED, depth), dtype, transforms=transforms),
+      plgpu.SMEM((2, parts, _ROWS, tall), jnp.bfloat16, transforms=tall_transforms),
+      plgpu.SMEM((2, slots, _ROWS, depth), dtype, transforms=transforms),
+      plgpu.Barrier(num_arrivals=2 * parts + 2 * steps * resident),
+      plgpu.Barrier(num_arrivals=1 if resident else 2, num_barriers=2 * slots),
       plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_barriers=slots),
-      plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-      plgpu.SMEM((2, parts, _ROWS, _COMPUTED), jnp.bfloat16, transforms=mosaic.swizzled(_COMPUTED, jnp.bfloat16)),
+      plgpu.Barrier(num_arrivals=2),
+      plgpu.SMEM((2, parts, tall, _COMPUTED), jnp.bfloat16, transforms=tall_transforms),
+      plgpu.SMEM((2, _ROWS, _COMPUTED), jnp.bfloat16, transforms=tall_transforms),
     ],
-  )(matrix_MCRJ, p_BEMJ, q_BEMJ)
+  )(width_CEK, matrix_MCPRJ, u_BMJD)
+
+
+def _level_1_choice(width, tall, dtype):
+  """Whether the matrices of the width stay in shared memory, and the slots of a warpgroup's ring, as fits."""
+  size, depth = jnp.dtype(dtype).itemsize, direct._depth(dtype)
+  parts, steps = len(_parts(jnp.zeros(()), dtype)), width // 2 // depth + 1
+  fixed = 2 * parts * 2 * tall * (_ROWS + _COMPUTED) + 2 * 2 * _ROWS * _COMPUTED
+  for resident, slots in ((True, 3), (True, 2), (False, 3), (False, 2), (False, 1)):
+    ring = 2 * depth * size * (slots * _ROWS + (steps if resident else slots) * _COMPUTED)
+    if fixed + ring <= mosaic.SHARED_MEMORY - 1024:  # a few barriers
+      return resident, slots
+  raise AssertionError("one slot always fits")
 
 
 def _level_2(matrix_3PSO, t_PBROE, width, dtype):

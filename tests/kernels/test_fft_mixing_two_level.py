@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels import compile, dispatch
-from kernels.fft_mixing import fft_mixing, mosaic, two_level
+from kernels import compile, dispatch, mosaic
+from kernels.fft_mixing import fft_mixing, two_level
 
 BOUNDS = {jnp.float32: 1e-3, jnp.bfloat16: 1e-2}  # relative to the norm; the interpreter does not round to TF32
 every_dtype = pytest.mark.parametrize("dtype", list(BOUNDS))
@@ -43,7 +43,7 @@ def on_kernel(x_BLD):
 
 
 @every_dtype
-@pytest.mark.parametrize("batch,first,second,width", [(1, 8, 8, 128), (1, 16, 8, 128), (1, 8, 16, 256)])
+@pytest.mark.parametrize("batch,first,second,width", [(1, 8, 8, 128), (1, 16, 4, 128), (1, 8, 4, 256)])
 def test_equals_numpy(interpreter, split, dtype, batch, first, second, width):
   split(first, second)
   x = normal((batch, first * second, width), dtype, first + second + width)
@@ -52,13 +52,12 @@ def test_equals_numpy(interpreter, split, dtype, batch, first, second, width):
   assert error(y, truth(x)) < BOUNDS[dtype]
 
 
-@every_dtype
-def test_gradient_is_the_operation_itself(interpreter, split, dtype):
+def test_gradient_is_the_operation_itself(interpreter, split):
   split(8, 4)
-  x, g = normal((1, 32, 128), dtype, 1), normal((1, 32, 128), dtype, 2)
+  x, g = normal((1, 32, 128), jnp.bfloat16, 1), normal((1, 32, 128), jnp.bfloat16, 2)
   dx = jax.jit(lambda x, g: jax.vjp(on_kernel, x)[1](g)[0])(x, g)
-  assert dx.dtype == dtype
-  assert error(dx, truth(g)) < BOUNDS[dtype]
+  assert dx.dtype == jnp.bfloat16
+  assert error(dx, truth(g)) < BOUNDS[jnp.bfloat16]
 
 
 def level_1(w_BJME):
@@ -75,43 +74,42 @@ def packed(t_BRME):
   return np.concatenate([t_BRME[:, :, : half + 1].real, -t_BRME[:, :, 1:half].imag], axis=2)
 
 
-def hermitian(batch, length, columns, seed):
-  """Transforms of real numbers along the width: w[−n] is the conjugate of w[n]."""
-  return np.fft.fft(np.random.RandomState(seed).randn(batch, length, columns), axis=1)
+def transformed(x_BLD, first, second):
+  """The real numbers of t for x, doubled, as level 1 makes them: (B, R, O, E) for E < 80."""
+  batch, _, width = x_BLD.shape
+  even = x_BLD + np.roll(np.flip(x_BLD, (1, 2)), 1, (1, 2))
+  w_BLE = np.fft.fft(even, axis=2)[:, :, : width // 2 + 1]
+  w_BLE = np.pad(w_BLE, [(0, 0)] * 2 + [(0, 15)])
+  return packed(level_1(w_BLE.reshape(batch, first, second, -1)))
 
 
 @every_dtype
-@pytest.mark.parametrize("batch,first,second", [(2, 72, 4), (5, 8, 4)])
+@pytest.mark.parametrize("batch,first,second", [(1, 72, 2), (3, 8, 2)])
 def test_level_1_with_many_steps(interpreter, one_block, dtype, batch, first, second):
-  """More of them than the ring has slots, several tiles of rows, and columns beyond what is asked for."""
-  w_BJME = hermitian(batch, first * second, 96, first).reshape(batch, first, second, 96)
-  w_BEMJ = np.moveaxis(w_BJME[:, :, : second // 2 + 1], 3, 1).swapaxes(2, 3)
-  w_BEMJ = np.stack([w_BEMJ.real, -w_BEMJ.imag])
+  """More of them than the ring has slots, and several tiles of rows and of what is summed."""
+  x = np.random.RandomState(first).randn(batch, first * second, 128)
 
   @jax.jit
-  def run(w):
-    p, q = mosaic.rounded(w, dtype)
-    return two_level._level_1(two_level._first_matrices(first, second, dtype), p, q, 80)
+  def run(x):
+    matrices = two_level._width_matrices(128, dtype), two_level._first_matrices(first, second, dtype)
+    return two_level._level_1(*matrices, two_level._folded(x, first, second), first, 80)
 
-  t_PBROE = run(jnp.asarray(w_BEMJ, jnp.float32))
-  assert error(np.asarray(t_PBROE, np.float64).sum(0), packed(level_1(w_BJME))[..., :80]) < BOUNDS[dtype]
+  t_PBROE = np.asarray(run(jnp.asarray(x, dtype)), np.float64)
+  assert error(t_PBROE.sum(0)[..., :65], transformed(x, first, second)[..., :65]) < BOUNDS[dtype]
 
 
 @every_dtype
 @pytest.mark.parametrize("batch,first,second", [(1, 3, 72), (6, 2, 8)])
 def test_level_2_with_many_steps(interpreter, one_block, dtype, batch, first, second):
-  """More of them than the ring has slots, and several tiles of rows; t comes doubled, as level 1 makes it."""
-  length, width = first * second, 128
-  x = np.random.RandomState(second).randn(batch, length, width)
-  even = (x + np.roll(np.flip(x, (1, 2)), 1, (1, 2))) / 2
-  w_BJME = np.pad(np.fft.fft(even, axis=2)[:, :, :65], [(0, 0)] * 2 + [(0, 15)]).reshape(batch, first, second, 80)
-  t_PBROE = np.stack(two_level._parts(jnp.asarray(2 * packed(level_1(w_BJME)), jnp.float32), dtype))
+  """More of them than the ring has slots, and several tiles of rows and of what is summed."""
+  x = np.random.RandomState(second).randn(batch, first * second, 128)
+  t_BROE = jnp.asarray(transformed(x, first, second), jnp.float32)
 
   @jax.jit
   def run(t):
-    return two_level._level_2(two_level._second_matrices(second, dtype), t, width, dtype)
+    return two_level._level_2(two_level._second_matrices(second, dtype), t, 128, dtype)
 
-  y_BSRD = run(t_PBROE)
+  y_BSRD = run(jnp.stack(two_level._parts(t_BROE, dtype)))
   assert y_BSRD.dtype == dtype
   assert error(y_BSRD.reshape(x.shape), truth(x)) < BOUNDS[dtype]
 
@@ -168,7 +166,7 @@ def test_the_ends_of_the_ranges_compile(length, dtype):
   assert {"fft_mixing_level_1", "fft_mixing_level_2"} <= {kernel.name for kernel in program.kernels}
   for kernel in program.kernels:
     assert kernel.spilled == 0 and not [line for line in kernel.warnings if "C7510" in line], kernel
-    assert kernel.shared_memory <= 232_448, kernel
+    assert kernel.shared_memory is None or kernel.shared_memory <= mosaic.SHARED_MEMORY, kernel
 
 
 @pytest.mark.parametrize(

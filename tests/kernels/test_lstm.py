@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental import rnn
 
 import kernels.lstm
 from kernels import dispatch
-from kernels.lstm import cudnn
+from kernels.lstm import cudnn, reference
 
 
 def parameters(rng, channels, hidden, directions):
@@ -129,6 +130,42 @@ def test_wrong_shapes_and_names_are_refused():
     kernels.lstm.bilstm2d(x, w_ih, w_hh, b_ih, b_hh)
   with pytest.raises(ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla'"):
     kernels.lstm.lstm(x, w_ih, w_hh, b_ih, b_hh, implementation="cuda")
+
+
+@jax.custom_vjp
+def _product_of_cut(h, w):
+  """h w as tensor cores may take it in TF32: the last 13 bits of every operand are dropped, not rounded."""
+  return _cut(h) @ _cut(w)
+
+
+def _cut(x):
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0x1FFF, jnp.float32)
+
+
+_product_of_cut.defvjp(
+  lambda h, w: (_product_of_cut(h, w), (h, w)),
+  lambda kept, dz: (_cut(dz) @ _cut(kept[1]).T, jnp.einsum("nbk,nbf->kf", kept[0], dz)),  # the latter after the kernel
+)
+
+
+@pytest.mark.parametrize("hidden,scale", [(96, 1.0), (256, 1.0), (128, 1.5)])
+def test_products_in_tf32_keep_to_their_bound(hidden, scale, monkeypatch):
+  """What the interpreter cannot show of "mosaic" in float32, as it computes products exactly: 1e-3 of the norm."""
+  rng = np.random.RandomState(14)
+  z, w_hh = _float32(
+    rng.randn(4, 64, 1, 4 * hidden), rng.uniform(-scale, scale, (1, hidden, 4 * hidden)) * hidden**-0.5
+  )
+  cotangent = jnp.asarray(rng.randn(4, 64, 1, hidden), jnp.float32)
+
+  def both():
+    y, pull = jax.vjp(lambda *a: reference.recurrence(*a, ((1, False),)), z, w_hh)
+    return y, *pull(cotangent)
+
+  truth = both()
+  monkeypatch.setattr(reference.jnp, "matmul", lambda h, w, **_: _product_of_cut(h, w))
+  for ours, exact in zip(both(), truth, strict=True):
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert 1e-5 < error < 5e-4
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from kernels.linear_recurrence import linear_recurrence
 
 
 class Shape(NamedTuple):
-  """B sequences of T steps, N complex states; whether the diagonal varies from step to step."""
+  """B sequences of T steps, N complex states; whether the diagonal varies, and whether time runs backwards."""
 
   batch: int
   steps: int
   states: int
   varying: bool = False
+  reverse: bool = False
 
 
 # S5 and LRU on the Long Range Arena's Image, Text and Path-X; S5 computes half of its states, as they come in pairs.
@@ -30,6 +31,7 @@ LINEAR_RECURRENCE = {
   "s5_lra_path_x": Shape(16, 16384, 192),
   "lru_lra_path_x": Shape(32, 16384, 256),
   "varying": Shape(32, 4096, 192, varying=True),
+  "s5_lra_text_reverse": Shape(32, 4096, 192, reverse=True),  # the other direction of a bidirectional S5
   "digits": Shape(64, 64, 32),
 }
 
@@ -54,7 +56,7 @@ def _case(name, shape, dtype):
     "linear_recurrence",
     name,
     dtype,
-    linear_recurrence,
+    functools.partial(linear_recurrence, reverse=shape.reverse),
     functools.partial(_draw, shape),
     (x, x, a, a),
     ("sequential", "associative", "mosaic"),

@@ -160,7 +160,7 @@ def _plans(hidden: int, itemsize: int, blocks: int, buffers: int) -> Iterator[_P
     resident = ((mosaic.SHARED_MEMORY - needed) // plan.layer - weight_slots) // plan.parts * plan.parts
     plan = plan._replace(resident=resident, shared_memory=needed + (resident + weight_slots) * plan.layer)
     # Wider tiles would not fit the registers, of which a warpgroup has the fewer the more there are.
-    if resident > 0 and weight_slots <= plan.streamed and lanes * warpgroups <= 64:
+    if resident > 0 and weight_slots <= plan.streamed and lanes * warpgroups <= 48:
       yield plan
 
 

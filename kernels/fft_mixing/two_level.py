@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import mosaic
 from kernels.fft_mixing import mosaic as direct
 
-LENGTHS = "a multiple of 512 from 2560 to 8192 or of 1024 to 16384"
+LENGTHS = "a multiple of 512 from 2560 to 8192 or of 1024 to 16384 (with a width that is a multiple of 128)"
 _ROWS = mosaic.WARPGROUP_ROWS
 _DIRECT = 64  # columns that a block of level 2 writes as they are, and as many mirrored
 _COMPUTED = _DIRECT + 16  # the mirrored ones are those from 1 to `_DIRECT`, in whole tiles of 16 columns, 32 bytes

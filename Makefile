@@ -23,7 +23,7 @@ test: setup
 setup: .venv/ready
 
 parity: .venv-parity/ready
-	.venv-parity/bin/python -m pytest -q tests/parity
+	.venv-parity/bin/python -m pytest -n 2 -q tests/parity
 
 kernels: $(KERNELS)/ready
 	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py $(if $(JAX),-k 'bfloat16 or training')

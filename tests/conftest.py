@@ -1,7 +1,11 @@
 """Settings of all tests, and fixtures that run the real commands."""
 
+import atexit
+import importlib.util
 import os
+import shutil
 import subprocess
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest tests/kernels/test_native.py, on a GPU
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -10,6 +14,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Threads of XLA on CPU. Interpreted kernels block one for every warpgroup that waits, and hang when none is left.
 os.environ.setdefault("NPROC", "16")
+
+# What one test or command has compiled, the next of this session reads: a command then takes less than half the time.
+# Not where programs are compiled for a GPU, as the compiler's reports are what those tests read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and importlib.util.find_spec("jax_cuda13_plugin") is None:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lra_jax_compiled_")  # pytest's workers inherit it
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -583,7 +583,8 @@ def recurrence(
   Args:
     z_BHWF: gate pre-activations without their recurrent part, direction after direction; float32 or bfloat16. It is
       copied, with zeros, only where the hardware cannot address it: where the features of a gate are no multiple of
-      16 bytes (of 32 beyond 128), or more than 8 adjacent sequences no multiple of 8.
+      16 bytes (of 32 beyond 128, of 128 where shared memory does not hold all weights), or more than 8 adjacent
+      sequences no multiple of 8.
     w_hh_GKF: recurrent weights in z's dtype.
     directions: for each, the axis of z (1 or 2) it runs along and whether in reverse.
     unroll: has no effect.
@@ -658,5 +659,8 @@ def _layout(shape, directions):
 
 
 def _padded_hidden(hidden, itemsize):
-  """Addresses are multiples of 16 bytes, and tiles of 32 if one does not hold all of the features."""
-  return mosaic.round_up(hidden, (16 if hidden * itemsize <= 128 else 32) // itemsize)
+  """Addresses are multiples of 16 bytes, and tiles of 32 if one does not hold all of the features; of 128 where weights
+  are copied at every step."""
+  padded = mosaic.round_up(hidden, (16 if hidden * itemsize <= 128 else 32) // itemsize)
+  plans = (plan for kind in (_FORWARD, _BACKWARD) for plan in _plans(padded, itemsize, *kind))
+  return mosaic.round_up(hidden, 128 // itemsize) if any(plan.weight_slots for plan in plans) else padded

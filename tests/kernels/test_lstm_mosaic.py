@@ -180,6 +180,8 @@ def test_every_hidden_size_up_to_the_largest(dtype, resident):
     ((700, 3, 3, 4), 190, jnp.bfloat16),  # blocks of 16 sequences
     ((20, 3, 3, 4), 250, jnp.bfloat16),
     ((20, 3, 3, 4), 250, jnp.float32),
+    ((20, 9, 9, 4), 160, jnp.bfloat16),
+    ((20, 9, 4), 104, jnp.float32),
   ],
 )
 def test_odd_sizes_compile_under_checkpoint(shape, hidden, dtype):
@@ -189,9 +191,10 @@ def test_odd_sizes_compile_under_checkpoint(shape, hidden, dtype):
   def loss(*arguments):
     return (jax.checkpoint(functools.partial(run, implementation="mosaic"))(*arguments).astype(jnp.float32) ** 2).sum()
 
+  resident = {jnp.float32: 96, jnp.bfloat16: 144}[dtype]
   program = compile.compile_for_h200(jax.grad(loss, argnums=range(5)), *arguments)
   assert {kernel.name for kernel in program.kernels} == {"lstm_forward", "lstm_backward"}
   for kernel in program.kernels:
     # C7519: an instruction that orders registers is put before a product that follows a wait.
-    warnings = [line for line in kernel.warnings if "C7519" not in line or hidden <= 144]
+    warnings = [line for line in kernel.warnings if "C7519" not in line or hidden <= resident]
     assert kernel.spilled == 0 and not warnings, kernel

@@ -1,14 +1,16 @@
 """The folded form (see `xla`) with its two products, and the unfolding, as Mosaic GPU kernels.
 
-XLA folds x into its even-even part and its odd-odd part, each a quarter of x. The first kernel multiplies both by the
-quarter matrices of D and writes the results transposed, (E, N), so that every operand of every product is contiguous
-along the axis that is summed: TF32 cannot have it otherwise. The second kernel multiplies by the matrices of L and
-writes all of y. It keeps four sums apart, those of P (cosines) and of Q (sines) over the even and over the odd tokens:
-rows k and k + L/2 differ in the sign of the odd tokens, columns e and D − e in the sign of Q. The latter columns stand
-in reverse order; a product with a permutation matrix turns them.
+The first kernel folds x to half of it along L and multiplies by the cosines and by the sines of D; where it cannot (see
+`_folds`) XLA folds, along both axes, and it multiplies only. The results, P and Q, are half of x together. They are
+written transposed, (E, N), so that every operand of every product is contiguous along the axis that is summed: TF32
+cannot have it otherwise. The second kernel multiplies by the matrices of L and writes all of y. It keeps four sums
+apart, those of P and of Q over the even and over the odd tokens: rows k and k + L/2 differ in the sign of the odd
+tokens, columns e and D − e in the sign of Q. The latter columns stand in reverse order; a product with a permutation
+matrix turns them.
 
-Axes beside B, L and D: N, the tokens 0 … L/2 of the folded x, the even ones first; E, the frequencies 0 … D/2 of the
-width; K, the frequencies of the tokens that are computed, the first half of them if L is a multiple of 16.
+Axes beside B, L and D: N, the tokens 0 … L/2 of the folded x, the even ones first; C, their parity, and M, their
+number among those of one parity; E, the frequencies 0 … D/2 of the width; K, the frequencies of the tokens that are
+computed, the first half of them if L is a multiple of 16.
 
 A bfloat16 x has bfloat16 operands. A float32 x has TF32 operands (11 significant bits), which are rounded, where the
 tensor cores by themselves would cut them off. Sums are float32.
@@ -38,6 +40,7 @@ _COLUMNS = 128  # of a tile of the first kernel
 _DIRECT = 64  # columns at most that a block of the second kernel writes as they are, and as many mirrored
 _CHUNK = 64  # rows and columns of x that a block of the first kernel folds at once
 _EXTRA = 8  # rows in which it looks for one more
+_SHARING = 4  # blocks at most that fetch a matrix together: so few reads from the L2 cache take no longer than the rest
 _FETCHING_REGISTERS, _COMPUTING_REGISTERS = 40, 232  # per thread: 128 · 40 + 256 · 232 fit into 65536
 
 
@@ -214,6 +217,21 @@ def _roles(fetch, compute):
     compute()
 
 
+def _cluster(count):
+  """How many blocks, neighbours of `count` that read the same matrix, fetch it together."""
+  return max(n for n in (1, 2, _SHARING) if count % n == 0)
+
+
+def _read(slots):
+  """Barriers: the computing warpgroups of all blocks of a cluster have read a slot.
+
+  A block's share of a matrix is copied into all blocks at once, so none may be early. What is copied into a block has
+  arrived when its own warpgroups have waited for all steps, and every arrival at its barriers is waited for by its
+  fetching warpgroup: no block ends while another one still reaches into its memory.
+  """
+  return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=_COMPUTING, num_barriers=slots)
+
+
 def _ring_scratch(columns, slots, dtype):
   """Both operands' slots, and the barriers: operands have arrived, and the computing warpgroups have read them."""
   depth = _depth(dtype)
@@ -335,6 +353,7 @@ def _fold_and_multiply(x_BLD):
   tops = [
     pl.cdiv(n, _CHUNK) for n in ((width // parities // 2 + 1, width // 4) if parities == 2 else (width // 2 + 1,))
   ]
+  shared = _cluster(batch * (evens + odds))
   matrix, turns = _width_matrix(width, parities, tuple(tops)), _turns(min(_CHUNK, half))
 
   def fft_mixing_by_width(x_g, matrix_g, turns_g, p_g, q_g, *scratch):
@@ -342,8 +361,9 @@ def _fold_and_multiply(x_BLD):
       scratch
     )
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    tile, block = lax.rem(block, evens + odds), lax.div(block, evens + odds)
-    group, b = (lax.rem(block, groups), lax.div(block, groups)) if groups > 1 else (0, block)
+    group, block = (lax.rem(block, groups), lax.div(block, groups)) if groups > 1 else (0, block)
+    block = block * shared + lax.axis_index("cluster")
+    tile, b = lax.rem(block, evens + odds), lax.div(block, evens + odds)
     c = jnp.int32(tile >= evens)
     m = (tile - c * evens) * _CHUNK
     # With all parities of e in one block, its tiles of rows are those of both; else those of its group.
@@ -367,7 +387,7 @@ def _fold_and_multiply(x_BLD):
       def fetch_matrix(i, slot, barrier):
         tile = lax.div(i, chunks) + group * tops[0]
         source = matrix_g.at[pl.ds(tile * _ROWS, _ROWS), pl.ds(lax.rem(i, chunks) * _CHUNK, _CHUNK)]
-        plgpu.copy_gmem_to_smem(source, matrix_s.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(source, matrix_s.at[slot], barrier, collective_axes="cluster")
 
       _ring(steps, slots, fetch_matrix, full, empty)
 
@@ -443,8 +463,10 @@ def _fold_and_multiply(x_BLD):
   products = mosaic.kernel(
     fft_mixing_by_width,
     out_type=(out_type, out_type),
-    grid=(batch * groups * (evens + odds),),
+    grid=(batch * (evens + odds) // shared * groups,),
     grid_names=("block",),
+    cluster=(shared,),
+    cluster_names=("cluster",),
     num_threads=_COMPUTING + 1,
     thread_name="warpgroup",
     scratch_types=[
@@ -459,7 +481,7 @@ def _fold_and_multiply(x_BLD):
       plgpu.Barrier(num_arrivals=2 * parities, num_barriers=_COMPUTING),
       plgpu.Barrier(num_barriers=_COMPUTING),
       plgpu.Barrier(num_barriers=slots),
-      plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=slots),
+      _read(slots),
       plgpu.Barrier(num_arrivals=_COMPUTING),
     ],
   )(x_BLD.reshape(batch, half, 2, width), jnp.asarray(matrix), jnp.asarray(turns, dtype))
@@ -523,13 +545,15 @@ def _second_product(cosines, sines, width):
   direct = math.gcd(width // 2, _DIRECT)  # columns that a block writes as they are, and as many mirrored
   computed = direct + 8  # the mirrored ones are those from 1 to `direct`, and a product has a multiple of 8 columns
   across, down = width // 2 // direct, pl.cdiv(height, _ROWS)
+  shared = _cluster(batch * across)
   # Column c of the mirrored tile is that of index direct − c; the depth of a product is a multiple of 32 bytes.
   turn = np.zeros((direct, mosaic.round_up(computed, 32 // dtype.itemsize)), np.float32)
   turn[np.arange(direct), direct - np.arange(direct)] = 1
 
   def fft_mixing_by_length(cos_g, p_g, sin_g, q_g, turn_g, y_g, a_s, b_s, full, empty, turn_s, here, sum_s, out_s):
-    b, column, row = _block(across, down)
-    row, column = row * _ROWS, column * direct
+    block = lax.axis_index("block")
+    row, block = lax.rem(block, down) * _ROWS, lax.div(block, down) * shared + lax.axis_index("cluster")
+    b, column = lax.div(block, across), lax.rem(block, across) * direct
 
     def fetch(i, slot, barrier):
       def copy(a_g, b_g, first, odds):
@@ -537,7 +561,7 @@ def _second_product(cosines, sines, width):
         deep = i - jnp.where(i >= odds, odds, first)
         a = a_g.at[pl.ds(row, _ROWS), pl.ds(parity * (a_g.shape[1] // count) + deep * depth, depth)]
         b_ = b_g.at[b, pl.ds(column, computed), parity, pl.ds(deep * depth, depth)]
-        plgpu.copy_gmem_to_smem(a, a_s.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(a, a_s.at[slot], barrier, collective_axes="cluster")
         plgpu.copy_gmem_to_smem(b_, b_s.at[slot], barrier)
 
       sines = stops[count - 1]
@@ -571,18 +595,18 @@ def _second_product(cosines, sines, width):
 
       sums = pl.run_scoped(products, *[plgpu.ACC((mosaic.WARPGROUP_ROWS, computed))] * len(stops))
       plgpu.barrier_wait(here)
-      shape = mosaic.WARPGROUP_ROWS, computed
-      needed = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) <= direct
       for half in range(count):
         p, q = sums[:count], sums[count:]
         p, q = (x[0] if count == 1 else x[0] - x[1] if half else x[0] + x[1] for x in (p, q))
         write((p - q)[:, :direct], half, 0)
-        # Beyond D/2 + 1 columns there may be anything, even NaN.
-        total = rounded(jnp.where(needed, p + q, 0.0), dtype)
+        # Of the last 8 columns the first is needed; beyond D/2 + 1 there may be anything, even NaN.
+        last = (p + q)[:, direct:]
+        first = plgpu.broadcasted_iota(jnp.int32, last.shape, 1, layout=plgpu.Layout.WGMMA) == 0
+        total = [rounded((p + q)[:, :direct], dtype), rounded(jnp.where(first, last, 0.0), dtype)]
         if turn.shape[1] > computed:
           zeros = jnp.zeros((mosaic.WARPGROUP_ROWS, turn.shape[1] - computed), dtype)
-          total = jnp.concatenate([total, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)], axis=1)
-        own_sum_s[...] = total
+          total.append(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+        own_sum_s[...] = jnp.concatenate(total, axis=1)
         plgpu.commit_smem()
         write(pl.run_scoped(turned, plgpu.ACC((mosaic.WARPGROUP_ROWS, direct))), half, 1)
       plgpu.wait_smem_to_gmem(0)
@@ -593,12 +617,15 @@ def _second_product(cosines, sines, width):
   return mosaic.kernel(
     fft_mixing_by_length,
     out_type=jax.ShapeDtypeStruct((batch, count, height, width), dtype),
-    grid=(batch * across * down,),
+    grid=(batch * across // shared * down,),
     grid_names=("block",),
+    cluster=(shared,),
+    cluster_names=("cluster",),
     num_threads=_COMPUTING + 1,
     thread_name="warpgroup",
     scratch_types=[
-      *_ring_scratch(computed, slots, dtype),
+      *_ring_scratch(computed, slots, dtype)[:-1],
+      _read(slots),
       plgpu.SMEM(turn.shape, dtype, transforms=turn_transforms),
       plgpu.Barrier(),
       plgpu.SMEM((_COMPUTING, mosaic.WARPGROUP_ROWS, turn.shape[1]), dtype, transforms=turn_transforms),

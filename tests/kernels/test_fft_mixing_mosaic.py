@@ -48,6 +48,12 @@ def test_equals_numpy_with_gradient(interpreter, dtype, shape):
   assert error(dx, truth(g)) < BOUNDS[dtype]
 
 
+def test_blocks_that_fetch_a_matrix_together(interpreter):
+  """Two samples or four tiles of tokens to a cluster, with more steps than slots in both kernels."""
+  x = normal((2, 272, 128), jnp.bfloat16, 272)
+  assert error(jax.jit(on_kernel)(x), truth(x)) < BOUNDS[jnp.bfloat16]
+
+
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 16, 96), (1, 16, 160), (2, 48, 192)])
 def test_widths_that_are_no_multiples_of_128(interpreter, dtype, shape):

@@ -43,7 +43,7 @@ def on_kernel(x_BLD):
 
 
 @every_dtype
-@pytest.mark.parametrize("batch,first,second,width", [(1, 8, 8, 128), (1, 16, 4, 128), (1, 8, 4, 256)])
+@pytest.mark.parametrize("batch,first,second,width", [(1, 8, 8, 128), (1, 8, 4, 256)])
 def test_equals_numpy(interpreter, split, dtype, batch, first, second, width):
   split(first, second)
   x = normal((batch, first * second, width), dtype, first + second + width)
@@ -114,14 +114,14 @@ def test_level_2_with_many_steps(interpreter, one_block, dtype, batch, first, se
   assert error(y_BSRD.reshape(x.shape), truth(x)) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_nothing_of_a_sample_reaches_another(interpreter, split, one_block, seed):
+def test_nothing_of_a_sample_reaches_another(interpreter, split, one_block):
   """Not even a NaN, and every sample is as if it were alone."""
   split(8, 4)
-  x = normal((2, 32, 128), jnp.bfloat16, seed)
-  y = jax.jit(on_kernel)(x.at[seed].set(jnp.nan))
-  assert np.isnan(np.asarray(y[seed], np.float64)).all()
-  assert error(y[1 - seed], truth(x)[1 - seed]) < BOUNDS[jnp.bfloat16]
+  x = normal((3, 32, 128), jnp.bfloat16, 3)
+  y = jax.jit(on_kernel)(x.at[1].set(jnp.nan))
+  assert np.isnan(np.asarray(y[1], np.float64)).all()
+  for sample in (0, 2):
+    assert error(y[sample], truth(x)[sample]) < BOUNDS[jnp.bfloat16]
 
 
 def test_a_wave_has_one_frequency(interpreter, split):

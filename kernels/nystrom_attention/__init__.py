@@ -10,7 +10,8 @@ Cost and memory grow with L·M. The official code (mlpen/Nystromformer) takes th
 whole batch, so that an example's output depends on the others; that is `pinv_init="global"`, not the default.
 
 On a Hopper GPU two kernels stream tokens past the landmarks and keep both L×M softmaxes on the chip, in the forward
-pass and, computed anew, in the backward pass; means, pseudo-inverse and skip convolution are XLA's.
+pass and, computed anew, in the backward pass; a third kernel computes the pseudo-inverse of up to 64 landmarks. Means,
+skip convolution and the inverse of more landmarks are XLA's.
 """
 
 import jax

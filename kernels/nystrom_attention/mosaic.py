@@ -2,8 +2,8 @@
 
 One kernel streams keys and values past the landmarks, softmax(Q̃ Kᵀ) V with a running maximum and sum, and one streams
 queries past them, softmax(Q K̃ᵀ) (Z U). Their gradients recompute the softmax from the inputs, so that nothing of size
-L·M reaches device memory, forward or backward. Means of segments, pseudo-inverse, skip convolution and all other
-products of size M are XLA's.
+L·M reaches device memory, forward or backward. Two more do all steps of the pseudo-inverse and of its gradient, up to
+64 landmarks. Means of segments, skip convolution and all other products of size M are XLA's.
 
 Axes here besides those of the package: P parts of a number, C chunks of the tokens, S padded landmarks, X = N·K. A
 bfloat16 array has one part. A float32 array has two, bfloat16 numbers whose sum it is to 16 bits, and a product of two
@@ -47,6 +47,12 @@ def nystrom_attention(q_BLNK, k_BLNK, v_BLNK, w_skip_RN, *, landmarks, pinv_iter
     present = [array for array in arrays if array is not None]
     return dispatch.per_device(function, (True,) * len(present))(*present)
 
+  def inverse(a_BNMM):
+    if landmarks > _BLOCK or not pinv_iterations:
+      return reference.pseudo_inverse(a_BNMM, pinv_iterations, pinv_init)
+    steps = functools.partial(_inverse, iterations=pinv_iterations, parts=2 if v_BLNK.dtype == jnp.bfloat16 else 3)
+    return per_device(steps, a_BNMM, reference.first_inverse(a_BNMM, pinv_init))
+
   q_BMNK, k_BMNK = (xla.scaled_landmarks(xla.masked(x, mask_BL), landmarks) for x in (q_BLNK, k_BLNK))
   keep_BL = None
   if mask_BL is not None or length % _TILE_ROWS:
@@ -54,7 +60,7 @@ def nystrom_attention(q_BLNK, k_BLNK, v_BLNK, w_skip_RN, *, landmarks, pinv_iter
     keep_BL = whole_tiles(keep_BL)
   q, k, v = (wide(whole_tiles(x)) for x in (q_BLNK, k_BLNK, v_BLNK))
   values_BNMK = per_device(_landmark_values, wide(q_BMNK), k, v, keep_BL)
-  values_BNMK = xla.through_inverse(q_BMNK, k_BMNK, values_BNMK, pinv_iterations, pinv_init)
+  values_BNMK = xla.through_inverse(q_BMNK, k_BMNK, values_BNMK, inverse)
   values_BMNK = values_BNMK.swapaxes(1, 2).astype(v_BLNK.dtype)
   out_BLNK = per_device(_token_values, q, wide(k_BMNK), values_BMNK, keep_BL)[:, :length, :, :width]
   if w_skip_RN is not None:
@@ -508,6 +514,177 @@ def _gradient_choices(parts: int, padded: int, width: int, keys: bool) -> Iterat
       yield slots, buffers
 
 
+# ------------------------------------------------------------------------------------------- the pseudo-inverse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("iterations", "parts"))
+def _inverse(a_BNMM, z_BNMM, iterations, parts):
+  """Z after so many steps of `reference.pseudo_inverse` from the given one: (B, N, M, M), float32, M to 64.
+
+  XLA launches two kernels a product; here a block does all steps of a matrix, and no product leaves it. Numbers are
+  sums of `parts` bfloat16 numbers: 2 keep 16 bits, 3 all of float32.
+  """
+  return _stream_inverse(a_BNMM, z_BNMM, iterations, parts, keep=False)[0]
+
+
+def _inverse_forward(a_BNMM, z_BNMM, iterations, parts):
+  last_BNMM, starts_IBNMM = _stream_inverse(a_BNMM, z_BNMM, iterations, parts, keep=True)
+  return last_BNMM, (a_BNMM, starts_IBNMM)
+
+
+def _inverse_backward(iterations, parts, residuals, dlast_BNMM):
+  return _stream_inverse_gradients(*residuals, dlast_BNMM, parts)
+
+
+_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def _stream_inverse(a_BNMM, z_BNMM, iterations, parts, keep):
+  """The last Z (B, N, M, M) and, to `keep`, the one before every step (I, B, N, M, M). A block has one matrix.
+
+  Rows and columns of zeros, up to 64, stay zeros.
+  """
+  batch, heads, landmarks, _ = a_BNMM.shape
+  a_GSS, z_GSS = (_whole_matrices(x) for x in (a_BNMM, z_BNMM))
+  matrices = len(a_GSS)
+
+  def nystrom_inverse(a_g, z_g, *refs, matrices_s):
+    last_g = refs[0]
+    m = lax.axis_index("m")
+    product = _looped_product(m, matrices, parts)
+    _store_parts(matrices_s.at[0, 0], _load(a_g.at[m]))
+
+    def step(i, z):
+      a_s, z_s, x_s, p_s = _at_new_addresses(matrices_s, 4, m + i, matrices + iterations)
+      if keep:
+        refs[1][i, m] = z
+      _store_parts(z_s, z)
+      plgpu.commit_smem()
+      _polynomial(product, a_s, z_s, x_s, p_s, p_s)
+      return 3.25 * z - 0.25 * product(z_s, p_s)
+
+    last_g[m] = lax.fori_loop(0, iterations, step, _load(z_g.at[m]))
+
+  matrix = jax.ShapeDtypeStruct(a_GSS.shape, jnp.float32)
+  starts = [jax.ShapeDtypeStruct((iterations, *a_GSS.shape), jnp.float32)] if keep else []
+  last_GSS, *starts_IGSS = mosaic.kernel(
+    nystrom_inverse,
+    out_type=(matrix, *starts),
+    scratch_types=dict(matrices_s=_matrices(4, parts)),
+    grid=(matrices,),
+    grid_names=("m",),
+    num_threads=1,
+    thread_name="g",
+  )(a_GSS, z_GSS)
+  own = slice(landmarks)
+  last_BNMM = last_GSS.reshape(batch, heads, *last_GSS.shape[1:])[..., own, own]
+  return last_BNMM, starts_IGSS[0] if keep else None
+
+
+def _stream_inverse_gradients(a_BNMM, starts_IGSS, dlast_BNMM, parts):
+  """Gradients by A and the first Z, both (B, N, M, M), of what `_stream_inverse` makes of them.
+
+  A step is Z' = ¼ (13 Z − ZV) with X = AZ, W = 7 X − XX and V = 15 X − XW. Back through it with G = ¼ dZ':
+    dZ = 13 G − G Vᵀ;  dV = −Zᵀ G;  dX = 15 dV − dV Wᵀ;  dW = −Xᵀ dV;  dX += 7 dW − dW Xᵀ − Xᵀ dW;
+    dA += dX Zᵀ;  dZ += Aᵀ dX.
+  """
+  batch, heads, landmarks, _ = a_BNMM.shape
+  iterations = len(starts_IGSS)
+  a_GSS, dlast_GSS = (_whole_matrices(x) for x in (a_BNMM, dlast_BNMM))
+  matrices = len(a_GSS)
+
+  def nystrom_inverse_gradient(a_g, starts_g, dlast_g, da_g, dz_g, matrices_s, da_s):
+    m = lax.axis_index("m")
+    product = _looped_product(m, matrices, parts)
+    _store_parts(matrices_s.at[0, 0], _load(a_g.at[m]))
+    # The sum is not kept in registers: those are for the other four matrices.
+    da_s[...] = plgpu.layout_cast(jnp.zeros((_BLOCK, _BLOCK), jnp.float32), _LAYOUT)
+
+    def step(i, dz):
+      def addresses(stage):
+        return _at_new_addresses(matrices_s, 6, m + i, matrices + iterations + stage)
+
+      a_s, z_s, x_s, w_s, v_s, g_s = addresses(0)
+      _store_parts(z_s, _load(starts_g.at[iterations - 1 - i, m]))
+      _store_parts(g_s, 0.25 * dz)
+      plgpu.commit_smem()
+      _polynomial(product, a_s, z_s, x_s, w_s, v_s)
+      a_s, z_s, x_s, w_s, v_s, g_s = addresses(1)
+      dz = 3.25 * dz - product(g_s, v_s, transpose_b=True)
+      dv = -product(z_s, g_s, transpose_a=True)
+      dv_s = v_s
+      _store_parts(dv_s, dv)
+      plgpu.commit_smem()
+      dx = 15 * dv - product(dv_s, w_s, transpose_b=True)
+      dw = -product(x_s, dv_s, transpose_a=True)
+      a_s, z_s, x_s, dw_s, dx_s, g_s = addresses(2)  # over w and v, which are not read again
+      _store_parts(dw_s, dw)
+      plgpu.commit_smem()
+      dx = dx + 7 * dw - product(dw_s, x_s, transpose_b=True)
+      dx = dx - product(x_s, dw_s, transpose_a=True)
+      a_s, z_s, x_s, dw_s, dx_s, g_s = addresses(3)
+      _store_parts(dx_s, dx)
+      plgpu.commit_smem()
+      da_s[...] = plgpu.load(da_s, layout=_LAYOUT) + product(dx_s, z_s, transpose_b=True)
+      return dz + product(a_s, dx_s, transpose_a=True)
+
+    dz_g[m] = lax.fori_loop(0, iterations, step, _load(dlast_g.at[m]))
+    da_g[m] = plgpu.load(da_s, layout=_LAYOUT)
+
+  matrix = jax.ShapeDtypeStruct(a_GSS.shape, jnp.float32)
+  grads = mosaic.kernel(
+    nystrom_inverse_gradient,
+    out_type=(matrix, matrix),
+    scratch_types=dict(
+      matrices_s=_matrices(6, parts),
+      da_s=plgpu.SMEM((_BLOCK, _BLOCK), jnp.float32, transforms=mosaic.swizzled(_BLOCK, jnp.float32)),
+    ),
+    grid=(matrices,),
+    grid_names=("m",),
+    num_threads=1,
+    thread_name="g",
+  )(a_GSS, starts_IGSS, dlast_GSS)
+  own = slice(landmarks)
+  return tuple(x.reshape(batch, heads, _BLOCK, _BLOCK)[..., own, own] for x in grads)
+
+
+def _polynomial(product, a_s, z_s, x_s, w_s, v_s):
+  """X = AZ, W = 7 X − XX and V = 15 X − XW to shared memory; v_s may be w_s."""
+  x = product(a_s, z_s)
+  _store_parts(x_s, x)
+  plgpu.commit_smem()
+  _store_parts(w_s, 7 * x - product(x_s, x_s))
+  plgpu.commit_smem()
+  _store_parts(v_s, 15 * x - product(x_s, w_s))
+  plgpu.commit_smem()
+
+
+def _looped_product(m, matrices, parts):
+  """`_product` in the form that the assembler does not serialise here: with two parts its loop must stay one."""
+  return functools.partial(_product, zero=_hidden_zero(m, matrices) if parts == 2 else 0)
+
+
+def _at_new_addresses(matrices_s, count, i, above):
+  """References to the matrices, for the next few products; i is below `above`. See `_hidden_zero`."""
+  zero = _hidden_zero(i, above)
+  return [matrices_s.at[zero, k] for k in range(count)]
+
+
+def _load(x_g):
+  """From device memory to registers, not by way of shared memory."""
+  return plgpu.load(x_g, layout=_LAYOUT, optimized=False)
+
+
+def _matrices(count, parts):
+  return _shared((1, count, parts, _BLOCK, _BLOCK), mosaic.swizzled(_BLOCK, jnp.bfloat16))
+
+
+def _whole_matrices(x_BNMM):
+  """(B·N, 64, 64), with zeros."""
+  x_BNSS = mosaic.pad_axis(mosaic.pad_axis(x_BNMM, 2, _BLOCK), 3, _BLOCK)
+  return x_BNSS.reshape(-1, _BLOCK, _BLOCK)
+
+
 # ------------------------------------------------------------------------------------------- within a kernel
 
 
@@ -526,30 +703,38 @@ def _shared(shape, transforms):
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def _accumulate(accumulator, a_s, b_s, transpose_a=False, transpose_b=False):
-  """accumulator += a · b for references of all parts of a and b; the product of both low parts is left out."""
+def _accumulate(accumulator, a_s, b_s, transpose_a=False, transpose_b=False, zero=0):
+  """accumulator += a · b for references of all parts of a and b; products below the last part's size are left out.
+
+  `zero` may be 0 in disguise, see `_hidden_zero`, which keeps the loop below a loop.
+  """
+  parts = a_s.shape[0]
 
   def add(i, j):
     a, b = a_s.at[i], b_s.at[j]
     mosaic.wgmma(accumulator, a.T if transpose_a else a, b.T if transpose_b else b)
 
-  if a_s.shape[0] == 1:
+  if parts == 1:
     add(0, 0)
   else:  # a loop, as the addresses of three products in a row would be kept in registers
 
-    @pl.loop(0, 3)
-    def _(k):
-      add(k // 2, lax.rem(k, 2))
+    @pl.loop(0, parts * (parts + 1) // 2 + zero)
+    def _(k):  # all i and j whose sum is below the number of parts
+      if parts == 2:
+        add(k // 2, lax.rem(k, 2))
+      else:
+        add(k // 3 + k // 5, k - 3 * (k // 3) - 2 * (k // 5))
 
 
-def _product(a_s, b_s, transpose_b=False):
-  """a · b as of `_accumulate`, float32."""
+def _product(a_s, b_s, transpose_a=False, transpose_b=False, zero=0):
+  """a · b as of `_accumulate`, float32. Complete when it returns: the operands may be overwritten."""
 
   def product(accumulator):
-    _accumulate(accumulator, a_s, b_s, transpose_b=transpose_b)
+    _accumulate(accumulator, a_s, b_s, transpose_a, transpose_b, zero)
     return accumulator[...]
 
-  return pl.run_scoped(product, plgpu.ACC((a_s.shape[1], b_s.shape[1 if transpose_b else 2]), jnp.float32))
+  rows, columns = a_s.shape[2 if transpose_a else 1], b_s.shape[1 if transpose_b else 2]
+  return pl.run_scoped(product, plgpu.ACC((rows, columns), jnp.float32))
 
 
 def _down(column, like):
@@ -576,15 +761,11 @@ def _softmax_of_landmarks(scores, keep, landmarks):
 
 def _store_parts(x_s, x):
   """x to its parts in shared memory."""
-  high = x.astype(jnp.bfloat16)
-  x_s.at[0][...] = high
-  if x_s.shape[0] == 2:
-    x_s.at[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _load_parts(x_s):
-  """What `_store_parts` stored, float32."""
-  return sum(plgpu.load(x_s.at[part], layout=_LAYOUT).astype(jnp.float32) for part in range(x_s.shape[0]))
+  for part in range(x_s.shape[0]):
+    high = x.astype(jnp.bfloat16)
+    x_s.at[part][...] = high
+    if part + 1 < x_s.shape[0]:
+      x = x - high.astype(jnp.float32)
 
 
 def _send(x, x_s, x_g, pending=0):

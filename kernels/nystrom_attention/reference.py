@@ -62,11 +62,16 @@ def segment_means(x_BLNK: jax.Array, landmarks: int) -> jax.Array:
   return means.astype(x_BLNK.dtype)
 
 
-def pseudo_inverse(a_BNMM: jax.Array, iterations: int, init: str) -> jax.Array:
-  """Z ← ¼ Z (13 I − AZ (15 I − AZ (7 I − AZ))) from Z = Aᵀ / (largest column sum of A); rows of A sum to 1."""
+def first_inverse(a_BNMM: jax.Array, init: str) -> jax.Array:
+  """Aᵀ / (largest column sum of A), of every matrix or, with "global", of all of them."""
   sums = a_BNMM.sum(-2)
   largest = sums.max() if init == "global" else sums.max(-1)[..., None, None]
-  z = a_BNMM.swapaxes(-1, -2) / largest
+  return a_BNMM.swapaxes(-1, -2) / largest
+
+
+def pseudo_inverse(a_BNMM: jax.Array, iterations: int, init: str) -> jax.Array:
+  """Z ← ¼ Z (13 I − AZ (15 I − AZ (7 I − AZ))) from Z = Aᵀ / (largest column sum of A); rows of A sum to 1."""
+  z = first_inverse(a_BNMM, init)
   eye = jnp.eye(a_BNMM.shape[-1], dtype=a_BNMM.dtype).reshape(1, 1, *a_BNMM.shape[-2:])
   for _ in range(iterations):
     az = a_BNMM @ z

@@ -4,6 +4,9 @@ Nothing of size L·M is kept for the gradient: both softmaxes between tokens and
 which on CPU takes no longer than to keep them.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +27,8 @@ def nystrom_attention(q_BLNK, k_BLNK, v_BLNK, w_skip_RN, *, landmarks, pinv_iter
     out_BLNK = values_BNMK.swapaxes(1, 2)
   else:
     k_BMNK = scaled_landmarks(k_BLNK, landmarks)
-    values_BNMK = through_inverse(q_BMNK, k_BMNK, values_BNMK, pinv_iterations, pinv_init).astype(v_BLNK.dtype)
+    inverse = functools.partial(reference.pseudo_inverse, iterations=pinv_iterations, init=pinv_init)
+    values_BNMK = through_inverse(q_BMNK, k_BMNK, values_BNMK, inverse).astype(v_BLNK.dtype)
     out_BNLK = _attend(q_BLNK.swapaxes(1, 2), k_BMNK.swapaxes(1, 2), values_BNMK, jnp.zeros((), jnp.float32))
     out_BLNK = out_BNLK.swapaxes(1, 2)
   if w_skip_RN is not None:
@@ -60,11 +64,14 @@ def scaled_landmarks(x_BLNK: jax.Array, landmarks: int) -> jax.Array:
 
 
 def through_inverse(
-  q_BMNK: jax.Array, k_BMNK: jax.Array, values_BNMK: jax.Array, iterations: int, init: str
+  q_BMNK: jax.Array, k_BMNK: jax.Array, values_BNMK: jax.Array, inverse: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-  """(softmax(Q̃ K̃ᵀ))⁺ values, from landmarks as of `scaled_landmarks`: (B, N, M, K), float32."""
+  """(softmax(Q̃ K̃ᵀ))⁺ values, from landmarks as of `scaled_landmarks`: (B, N, M, K), float32.
+
+  `inverse` makes the pseudo-inverse of that softmax, (B, N, M, M), float32.
+  """
   # A GPU would else round the operands of float32 products to 11 bits, and the inverse enlarges such errors.
   with jax.default_matmul_precision("highest"):
     scores = jnp.einsum("blnk,bmnk->bnlm", q_BMNK, k_BMNK, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q_BMNK.shape[-1] ** 0.5)
-    return reference.pseudo_inverse(weights, iterations, init) @ values_BNMK
+    return inverse(weights) @ values_BNMK

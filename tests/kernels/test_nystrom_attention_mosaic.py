@@ -79,6 +79,43 @@ def test_a_sequence_of_padding_alone_gives_zeros(interpreter):
     np.testing.assert_array_equal(np.asarray(result[1], np.float32), 0)
 
 
+def test_padding_of_whole_tiles_chunks_and_segments(interpreter, monkeypatch):
+  """Two chunks of two tiles of keys: of the first chunk one tile is padding, of the second both are."""
+  monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 1)
+  arrays, options = arguments(4, jnp.bfloat16, Shape(1, 400, 1, 16, 8, 0, masked=True))
+  tokens = np.arange(400)
+  options["mask_BL"] = jnp.asarray((tokens >= 150) & (tokens < 250))[None]
+  check(with_gradients("mosaic", arrays, options), arrays, options, 1e-2)
+
+
+@pytest.mark.parametrize("landmarks,parts,bound", [(64, 2, 1e-4), (20, 3, 1e-6)])
+def test_pseudo_inverse_and_its_gradients(interpreter, landmarks, parts, bound):
+  """Against float64, after two steps: later ones hardly depend on the start, whose gradient vanishes."""
+  from kernels.nystrom_attention import mosaic, reference
+
+  rng = np.random.RandomState(landmarks)
+  a = jax.nn.softmax(jnp.asarray(rng.randn(2, 1, landmarks, landmarks), jnp.float32))
+  weights = rng.randn(*a.shape)
+  with jax.enable_x64(True):
+    wide = a.astype(jnp.float64)
+    expected = reference.first_inverse(wide, "per_matrix"), reference.pseudo_inverse(wide, 2, "per_matrix")
+
+    def from_start(a, z):
+      for _ in range(2):
+        x = a @ z
+        z = 0.25 * (13 * z - z @ (15 * x - x @ (7 * x - x @ x)))
+      return z
+
+    np.testing.assert_allclose(from_start(wide, expected[0]), expected[1], rtol=1e-9, atol=1e-9)
+    pull = jax.vjp(from_start, wide, expected[0])[1]
+    expected = [np.asarray(x) for x in (expected[1], *pull(jnp.asarray(weights, jnp.float64)))]
+  run = functools.partial(mosaic._inverse, iterations=2, parts=parts)
+  z, pull = jax.vjp(run, a, reference.first_inverse(a, "per_matrix"))
+  for result, truth in zip((z, *pull(jnp.asarray(weights, jnp.float32))), expected, strict=True):
+    assert np.linalg.norm(result - truth) <= bound * np.linalg.norm(truth)
+  np.testing.assert_array_equal(run(a, reference.first_inverse(a, "per_matrix")), z)
+
+
 def test_large_scores_do_not_overflow(interpreter):
   (q, k, v, _), options = arguments(2, jnp.bfloat16, Shape(1, 72, 1, 16, 8, 0))
   arrays = 40 * q, 40 * k, v, None
@@ -149,3 +186,16 @@ def test_rematerialised_and_nothing_as_long_as_the_tokens_times_the_landmarks():
   text = compile.compile_for_h200(jax.grad(loss, argnums=(0, 1, 2)), x, x, x).compiled.as_text()
   assert text.count("mosaic_gpu") >= 5  # both forward kernels again
   assert "8192,128]" not in text and "128,8192]" not in text
+
+
+@pytest.mark.skipif(compile.missing() is not None, reason=f"{compile.missing()}")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_memory_grows_with_the_tokens_times_the_width(dtype):
+  """Forward and gradient at 16,384 tokens, compiled: a few arrays like q, and none of tokens times landmarks."""
+  x = jax.ShapeDtypeStruct((1, 16_384, 2, 32), dtype)
+  run = functools.partial(nystrom_attention, landmarks=128, implementation="mosaic")
+  grad = jax.grad(lambda *arrays: (run(*arrays).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))
+  compiled = compile.compile_for_h200(grad, x, x, x).compiled
+  text = compiled.as_text()
+  assert "16384,128]" not in text and "128,16384]" not in text
+  assert compiled.memory_analysis().temp_size_in_bytes < 8 * x.size * jnp.dtype(dtype).itemsize

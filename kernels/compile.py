@@ -74,7 +74,7 @@ class Kernel:
     spilled: bytes of stores and loads that spills cause, summed.
     shared_memory: bytes per block; None where it could not be told.
     threads: of a block.
-    warnings: of the assembler, such as serialised wgmma.
+    warnings: of the assembler, such as serialised wgmma; those that name no function stand with every kernel.
     instructions: name → how many the machine code has; {} without nvdisasm.
   """
 
@@ -187,6 +187,7 @@ def _disassembler() -> pathlib.Path | None:
 def _parse(text: str) -> Iterator[Kernel]:
   from kernels import mosaic
 
+  remarks = re.findall(r"[^\n]*(?:C75\d\d|[Ww]arning|Potential)[^\n]*", text)  # before the section of their function
   shared = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
   sections = re.split(r"(?=ptxas info\s*: Compiling entry function)", text)[1:]
   for index, section in enumerate(sections):
@@ -194,7 +195,7 @@ def _parse(text: str) -> Iterator[Kernel]:
     if not name.endswith("_mosaic_gpu_kernel"):
       continue
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", section)
-    warnings = re.findall(r"[^\n]*(?:C75\d\d|[Ww]arning|Potential)[^\n]*", section)
+    warnings = [line for line in remarks if f"'{name}'" in line or "in function '" not in line]
     counts = {op: len(re.findall(rf"\*/\s+(?:@!?U?P\w+\s+)?{op}\b", section)) for op in _INSTRUCTIONS}
     yield Kernel(
       re.sub(r"(__\d+)?_mosaic_gpu_kernel$", "", name),

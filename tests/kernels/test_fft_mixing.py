@@ -122,5 +122,7 @@ def test_wrong_shapes_and_names_are_refused():
     fft_mixing(jnp.ones((4, 0, 5)))
   with pytest.raises(ValueError, match="x is int32, expected float32 or bfloat16"):
     fft_mixing(jnp.ones((1, 4, 5), jnp.int32))
-  with pytest.raises(ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla', 'half', 'folded'"):
+  with pytest.raises(
+    ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla', 'half', 'folded'"
+  ):
     fft_mixing(jnp.ones((1, 4, 5)), implementation="cuda")

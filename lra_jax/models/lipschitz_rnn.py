@@ -70,7 +70,8 @@ class LipschitzRnn(nnx.Module):
       gated: ḣ = (A h + tanh(W h + z_t)) ⊙ σ(W h + E_g x_t + b_g), by Euler's method.
       init_std: B and C are drawn from N(0, (init_std / D)²).
       dropout: rate of the last state (not in the paper).
-      remat: taken for the sake of all models' settings: the backward pass keeps nothing but the states in any case.
+      remat: taken for the sake of all models' settings, without effect: there is one recurrence, and its gradient needs
+        what was kept of all of its steps at once.
       unroll: steps in one iteration of the loop.
       implementation: of the recurrence, see `kernels.lipschitz_rnn`.
       dtype: of the products; the state is float32.

@@ -29,6 +29,7 @@ _BLOCK = mosaic.WARPGROUP_ROWS
 _BLOCKS_PER_MULTIPROCESSOR = 2  # of the grid at least, where there are tokens enough
 _TILE_ROWS = 8  # the hardware copies whole tiles of so many rows, so that L must be a multiple
 _OUT_COLUMNS = 64  # that a product holds in registers on its way to device memory
+_STAGES = 5  # numbers that a step of the pseudo-inverse's gradient takes from `_hidden_zeros`
 _LOWEST = -1e30  # a score below all others; finite, as the difference of two infinite ones is none
 _LAYOUT = plgpu.Layout.WGMMA
 
@@ -548,14 +549,15 @@ def _stream_inverse(a_BNMM, z_BNMM, iterations, parts, keep):
   a_GSS, z_GSS = (_whole_matrices(x) for x in (a_BNMM, z_BNMM))
   matrices = len(a_GSS)
 
-  def nystrom_inverse(a_g, z_g, *refs, matrices_s):
+  def nystrom_inverse(a_g, z_g, zeros_g, *refs, matrices_s):
     last_g = refs[0]
     m = lax.axis_index("m")
-    product = _looped_product(m, matrices, parts)
     _store_parts(matrices_s.at[0, 0], _load(a_g.at[m]))
 
     def step(i, z):
-      a_s, z_s, x_s, p_s = _at_new_addresses(matrices_s, 4, m + i, matrices + iterations)
+      zero = zeros_g[i]
+      a_s, z_s, x_s, p_s = (matrices_s.at[zero, k] for k in range(4))
+      product = functools.partial(_product, zero=_keeping_loops(zero, parts))
       if keep:
         refs[1][i, m] = z
       _store_parts(z_s, z)
@@ -575,7 +577,7 @@ def _stream_inverse(a_BNMM, z_BNMM, iterations, parts, keep):
     grid_names=("m",),
     num_threads=1,
     thread_name="g",
-  )(a_GSS, z_GSS)
+  )(a_GSS, z_GSS, _hidden_zeros(iterations))
   own = slice(landmarks)
   last_BNMM = last_GSS.reshape(batch, heads, *last_GSS.shape[1:])[..., own, own]
   return last_BNMM, starts_IGSS[0] if keep else None
@@ -593,16 +595,19 @@ def _stream_inverse_gradients(a_BNMM, starts_IGSS, dlast_BNMM, parts):
   a_GSS, dlast_GSS = (_whole_matrices(x) for x in (a_BNMM, dlast_BNMM))
   matrices = len(a_GSS)
 
-  def nystrom_inverse_gradient(a_g, starts_g, dlast_g, da_g, dz_g, matrices_s, da_s):
+  def nystrom_inverse_gradient(a_g, starts_g, dlast_g, zeros_g, da_g, dz_g, matrices_s, da_s):
     m = lax.axis_index("m")
-    product = _looped_product(m, matrices, parts)
     _store_parts(matrices_s.at[0, 0], _load(a_g.at[m]))
     # The sum is not kept in registers: those are for the other four matrices.
     da_s[...] = plgpu.layout_cast(jnp.zeros((_BLOCK, _BLOCK), jnp.float32), _LAYOUT)
 
     def step(i, dz):
       def addresses(stage):
-        return _at_new_addresses(matrices_s, 6, m + i, matrices + iterations + stage)
+        zero = zeros_g[i * _STAGES + stage]
+        return [matrices_s.at[zero, k] for k in range(6)]
+
+      looped = _keeping_loops(zeros_g[i * _STAGES + _STAGES - 1], parts)
+      product = functools.partial(_product, zero=looped)
 
       a_s, z_s, x_s, w_s, v_s, g_s = addresses(0)
       _store_parts(z_s, _load(starts_g.at[iterations - 1 - i, m]))
@@ -620,8 +625,13 @@ def _stream_inverse_gradients(a_BNMM, starts_IGSS, dlast_BNMM, parts):
       a_s, z_s, x_s, dw_s, dx_s, g_s = addresses(2)  # over w and v, which are not read again
       _store_parts(dw_s, dw)
       plgpu.commit_smem()
-      dx = dx + 7 * dw - product(dw_s, x_s, transpose_b=True)
-      dx = dx - product(x_s, dw_s, transpose_a=True)
+
+      def both(accumulator):
+        _accumulate(accumulator, dw_s, x_s, transpose_b=True, zero=looped)
+        _accumulate(accumulator, x_s, dw_s, transpose_a=True, zero=looped)
+        return accumulator[...]
+
+      dx = dx + 7 * dw - pl.run_scoped(both, plgpu.ACC((_BLOCK, _BLOCK), jnp.float32))
       a_s, z_s, x_s, dw_s, dx_s, g_s = addresses(3)
       _store_parts(dx_s, dx)
       plgpu.commit_smem()
@@ -643,7 +653,7 @@ def _stream_inverse_gradients(a_BNMM, starts_IGSS, dlast_BNMM, parts):
     grid_names=("m",),
     num_threads=1,
     thread_name="g",
-  )(a_GSS, starts_IGSS, dlast_GSS)
+  )(a_GSS, starts_IGSS, dlast_GSS, _hidden_zeros(iterations))
   own = slice(landmarks)
   return tuple(x.reshape(batch, heads, _BLOCK, _BLOCK)[..., own, own] for x in grads)
 
@@ -659,15 +669,18 @@ def _polynomial(product, a_s, z_s, x_s, w_s, v_s):
   plgpu.commit_smem()
 
 
-def _looped_product(m, matrices, parts):
-  """`_product` in the form that the assembler does not serialise here: with two parts its loop must stay one."""
-  return functools.partial(_product, zero=_hidden_zero(m, matrices) if parts == 2 else 0)
+def _hidden_zeros(iterations):
+  """Zeros for the purpose of `_hidden_zero`, in device memory.
+
+  What is computed from a block's number instead depends on how many blocks there are, and with it the machine code: it
+  needed too many registers for some numbers of matrices.
+  """
+  return jnp.zeros(iterations * _STAGES, jnp.int32)
 
 
-def _at_new_addresses(matrices_s, count, i, above):
-  """References to the matrices, for the next few products; i is below `above`. See `_hidden_zero`."""
-  zero = _hidden_zero(i, above)
-  return [matrices_s.at[zero, k] for k in range(count)]
+def _keeping_loops(zero, parts):
+  """For `_accumulate`: with two parts the assembler serialises products in loops that it unrolls, with three others."""
+  return zero if parts == 2 else 0
 
 
 def _load(x_g):

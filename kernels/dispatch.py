@@ -10,9 +10,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 _log = logging.getLogger(__name__)
 
+KERNELS = ("mosaic", "cudnn")  # implementations that XLA does not compile
+
 _PLATFORM: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("platform", default=None)
 _INTERPRET: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 _SPLIT: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextvars.ContextVar("split", default=None)
+_WITHOUT: contextvars.ContextVar[bool] = contextvars.ContextVar("without_kernels", default=False)
 _CHOICES: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar("choices", default=None)
 
 
@@ -58,6 +61,19 @@ def interpreting() -> Iterator[None]:
 def interpreted() -> bool:
   """Whether `interpreting` is in force."""
   return _INTERPRET.get()
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+  """Within it, an operation takes its form for XLA even where a kernel is asked for.
+
+  For counting the operations of a program: a kernel's do not show in what is traced.
+  """
+  token = _WITHOUT.set(True)
+  try:
+    yield
+  finally:
+    _WITHOUT.reset(token)
 
 
 @contextlib.contextmanager
@@ -120,6 +136,8 @@ def choose(
   if implementation is not None and implementation not in implementations:
     known = ", ".join(map(repr, implementations))
     raise UnsupportedError(f"{op}: implementation={implementation!r} is unknown; there are {known}")
+  if _WITHOUT.get() and implementation in (None, *KERNELS):
+    return implementations[default]
   if refusals and implementation in refusals and (refusal := refusals[implementation]()):
     raise UnsupportedError(f"{op}: implementation={implementation!r} cannot serve: {refusal}")
   reason, name = "asked for", implementation

@@ -10,6 +10,7 @@ With `--steps N` the steps are compiled for the device of this machine instead a
 and N steps, so that the rows have times; the implementations follow each other, config by config.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ TIMED_HEADER = _COLUMNS + "ms a step | examples/s | kernels |\n|---|---|---|---|
 
 
 def _prepare(settings, examples: int, mesh, platform: str):
-  """(the call that `train` would make for one step, the task, the state, the batch size)."""
+  """(a function that makes the call that `train` would make for one step, the task, the state, the batch size)."""
   from lra_jax import optim, train
   from lra_jax.data import tasks
 
@@ -40,8 +41,8 @@ def _prepare(settings, examples: int, mesh, platform: str):
   plan = train.Plan.make(settings, examples, 1, platform)
   schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = train.init_state(settings, task, schedule)
-  call = train.make_train_call(settings, task, graphdef, optimizer, schedule, 1, mesh)
-  return call, task, state, plan.batch_size
+  make = functools.partial(train.make_train_call, settings, task, graphdef, optimizer, schedule, 1, mesh)
+  return make, task, state, plan.batch_size
 
 
 def compile_step(settings, examples: int):
@@ -66,15 +67,14 @@ def compile_step(settings, examples: int):
 
   if (lacking := compile.missing()) is not None:
     raise errors.UserError(f"cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
-  call, task, state, batch = _prepare(settings, examples, compile.mesh(), "gpu")
+  make, task, state, batch = _prepare(settings, examples, compile.mesh(), "gpu")
   data = resident.Resident(
     jax.ShapeDtypeStruct((examples, *task.image_shape), jnp.uint8), jax.ShapeDtypeStruct((examples,), jnp.int32)
   )
   indices = jax.ShapeDtypeStruct((1, batch), jnp.int32)
-  program = compile.compile_for_h200(call, state, data, indices)
-  with dispatch.compiling_for("gpu"):
-    operations = flops.count(call.trace(state, data, indices).jaxpr)
-  return program, operations
+  program = compile.compile_for_h200(make(), state, data, indices)
+  with dispatch.compiling_for("gpu"), dispatch.without_kernels():
+    return program, flops.count(make().trace(state, data, indices).jaxpr)
 
 
 def time_step(settings, examples: int, steps: int):
@@ -93,13 +93,14 @@ def time_step(settings, examples: int, steps: int):
   parallel.keep_freed_memory()
   mesh = parallel.make_mesh(1)
   whole = parallel.replicated(mesh)
-  call, task, state, batch = _prepare(settings, examples, mesh, mesh.devices.flat[0].platform)
+  make, task, state, batch = _prepare(settings, examples, mesh, mesh.devices.flat[0].platform)
   random = np.random.RandomState(0)
   images = random.randint(0, 256, (examples, *task.image_shape), np.uint8)
   data = resident.put(sources.Split(images, np.arange(examples, dtype=np.int32) % len(task.class_names)), whole)
   indices = jax.device_put(random.randint(0, examples, (1, batch), np.int32), whole)
   with dispatch.recording() as choices:
-    traced = call.trace(state, data, indices)
+    traced = make().trace(state, data, indices)
+  operations = flops.count_call(make, (state, data, indices), traced, choices)
   compiled = traced.lower().compile()
   state, seconds = jax.device_put(state, whole), []
   for _ in range(1 + steps):
@@ -107,7 +108,7 @@ def time_step(settings, examples: int, steps: int):
     state, values = compiled(state, data, indices)
     jax.block_until_ready((state, values))
     seconds.append(time.perf_counter() - start)
-  return compiled, flops.count(traced.jaxpr), choices, seconds[1:]
+  return compiled, operations, choices, seconds[1:]
 
 
 def row(name: str, implementation: str, batch: int, compiled, operations: float, *others: str) -> str:

@@ -4,9 +4,12 @@ XLA's own cost analysis counts the body of a loop once, which misses most of a r
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.extend
+
+from kernels import dispatch
 
 
 def count(jaxpr: jax.extend.core.Jaxpr) -> int:
@@ -33,3 +36,18 @@ def count(jaxpr: jax.extend.core.Jaxpr) -> int:
       times = equation.params["length"] if equation.primitive.name == "scan" else 1
       total += times * sum(count(sub) for sub in jax.extend.core.jaxprs_in_params(equation.params))
   return total
+
+
+def count_call(make: Callable, arguments: tuple, traced: jax.stages.Traced, choices: Mapping[str, Mapping]) -> int:
+  """`count` of a traced call, with XLA's forms in place of the kernels in it, whose products a jaxpr does not show.
+
+  Args:
+    make: returns the call anew, as `jax.jit` traces a call only once.
+    arguments: that it was traced for.
+    traced: `make().trace(*arguments)`.
+    choices: what `dispatch.recording` collected meanwhile.
+  """
+  if not any(form in dispatch.KERNELS for forms in choices.values() for form in forms):
+    return count(traced.jaxpr)
+  with dispatch.without_kernels():
+    return count(make().trace(*arguments).jaxpr)

@@ -254,13 +254,13 @@ def _train_and_test(config, workdir, stop, started):
   state = jax.device_put(state, whole)
 
   # Compiling before the loop tells what a step costs, and keeps its time out of the speed.
-  train_call = make_train_call(config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
+  make_call = functools.partial(make_train_call, config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
   eval_call = make_eval_call(task, graphdef, mesh)
   compile_start = time.perf_counter()
   indices = jax.ShapeDtypeStruct((plan.steps_per_call, plan.batch_size), jnp.int32)
   try:
     with dispatch.recording() as choices:
-      traced = train_call.trace(state, data["train"], indices)
+      traced = make_call().trace(state, data["train"], indices)
   except dispatch.UnsupportedError as error:
     raise errors.UserError(
       f"config.model.implementation: {error}; without it the best that can serve is taken"
@@ -268,7 +268,7 @@ def _train_and_test(config, workdir, stop, started):
   for operation, implementations in choices.items():
     for implementation, reason in implementations.items():
       print(f"kernels.{operation}: {implementation} ({reason})")
-  operations = flops.count(traced.jaxpr) / plan.steps_per_call
+  operations = flops.count_call(make_call, (state, data["train"], indices), traced, choices) / plan.steps_per_call
   train_call = traced.lower().compile()
   compile_seconds = time.perf_counter() - compile_start
   memory = train_call.memory_analysis()

@@ -15,6 +15,8 @@ import pytest
 from commands import command, options
 
 from configs import sequencer2d
+from kernels import dispatch
+from kernels.lipschitz_rnn import lipschitz_rnn
 from lra_jax import flops, runs, train
 from lra_jax.data import tasks
 
@@ -303,3 +305,19 @@ def test_tasks_are_what_the_trainer_believes():
   for name, task in tasks.REGISTRY.items():
     assert task.name == name and len(task.mean) == len(task.std) == task.image_shape[2]
     assert len(set(task.class_names)) == len(task.class_names) == 10
+
+
+def test_flops_of_a_kernel_are_those_of_the_form_without_it():
+  z, a = jax.ShapeDtypeStruct((2, 5, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+  def traced(implementation):
+    run = lambda z, a, w: lipschitz_rnn(z, a, w, epsilon=0.1, implementation=implementation).sum()
+    make = lambda: jax.jit(jax.grad(run))
+    with dispatch.recording() as choices:
+      return make, (z, a, a), make().trace(z, a, a), choices
+
+  with dispatch.interpreting():
+    kernel = traced("mosaic")
+  without = traced(None)
+  assert flops.count(kernel[2].jaxpr) != flops.count_call(*kernel) == flops.count(without[2].jaxpr)
+  assert flops.count_call(*without) == flops.count(without[2].jaxpr)

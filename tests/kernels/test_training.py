@@ -11,12 +11,13 @@ from lra_jax.data import resident, sources, tasks
 
 SIDE, CLASSES = 4, 4
 # Steps, how far a loss may be off, the batch, and the model. Interpreted, a kernel takes some 50 ms of processor time
-# for each block and step in time, so there are few of both; and it is traced and compiled for 5 to 15 s.
+# for each block and step in time, so there are few of both; and it is traced and compiled for 5 to 15 s. Nyström
+# attention has four kernels and two for its inverse, and takes 5 to 10 s a step.
 MODELS = {
-  "fnet": (50, 2e-3, 8, dict(width=128, depth=1, mlp_hidden=16)),
-  "nystromformer": (4, 2e-3, 8, dict(width=32, depth=1, heads=1, landmarks=4, patch_size=1)),
-  "sequencer2d": (2, 2e-3, 8, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
-  "vanilla_sequencer": (2, 2e-3, 8, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
+  "fnet": (50, 2e-3, 1, dict(width=64, depth=1, mlp_hidden=16)),
+  "nystromformer": (4, 2e-3, 2, dict(width=8, depth=1, heads=1, landmarks=2, patch_size=2)),
+  "sequencer2d": (50, 2e-3, 1, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
+  "vanilla_sequencer": (50, 2e-3, 1, dict(depths=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(4,))),
   "lipschitz_rnn": (50, 1e-4, 8, dict(width=64, patch_size=2)),
   "s5": (50, 1e-5, 2, dict(width=8, states=8, ssm_blocks=1, depth=1, patch_size=2)),
   "lru": (50, 1e-5, 2, dict(width=8, states=8, depth=1, patch_size=2)),

@@ -187,7 +187,8 @@ def _disassembler() -> pathlib.Path | None:
 def _parse(text: str) -> Iterator[Kernel]:
   from kernels import mosaic
 
-  remarks = re.findall(r"ptxas[^\n]*(?:C75\d\d|[Ww]arning|Potential)[^\n]*", text)  # before the section of their function
+  # They stand before the section of the function that they name.
+  remarks = re.findall(r"ptxas[^\n]*(?:C75\d\d|[Ww]arning|Potential)[^\n]*", text)
   shared = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
   sections = re.split(r"(?=ptxas info\s*: Compiling entry function)", text)[1:]
   for index, section in enumerate(sections):

@@ -115,6 +115,20 @@ def test_default_follows_the_measured_rule(platform, length, width, expected):
   assert ("dot_general" in default) == ("dot_general" in chosen) == (expected == "folded")
 
 
+@pytest.mark.parametrize(
+  "platform,length,width,same",
+  [("cpu", 64, 64, "half"), ("cpu", 256, 128, "quarter"), ("gpu", 1024, 256, "half")],
+)
+def test_xla_is_what_was_faster(platform, length, width, same):
+  x = jax.ShapeDtypeStruct((2, length, width), jnp.float32)
+  with dispatch.compiling_for(platform):
+    by_name = {
+      name: str(jax.make_jaxpr(lambda x, name=name: fft_mixing(x, implementation=name))(x))
+      for name in ("xla", "half", "quarter")
+    }
+  assert [name for name in ("half", "quarter") if by_name[name] == by_name["xla"]] == [same]
+
+
 def test_wrong_shapes_and_names_are_refused():
   with pytest.raises(ValueError, match="expected 3 axes"):
     fft_mixing(jnp.ones((4, 5)))
@@ -123,6 +137,6 @@ def test_wrong_shapes_and_names_are_refused():
   with pytest.raises(ValueError, match="x is int32, expected float32 or bfloat16"):
     fft_mixing(jnp.ones((1, 4, 5), jnp.int32))
   with pytest.raises(
-    ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla', 'half', 'folded'"
+    ValueError, match="implementation='cuda' is unknown; there are 'reference', 'xla', 'half', 'quarter'"
   ):
     fft_mixing(jnp.ones((1, 4, 5)), implementation="cuda")

@@ -222,6 +222,12 @@ def _cluster(count):
   return max(n for n in (1, 2, _SHARING) if count % n == 0)
 
 
+def _launch(blocks, shared=None):
+  """The axes of a kernel: blocks, in clusters of `shared` where that is given; computing and fetching warpgroups."""
+  cluster = {} if shared is None else dict(cluster=(shared,), cluster_names=("cluster",))
+  return dict(grid=(blocks,), grid_names=("block",), num_threads=_COMPUTING + 1, thread_name="warpgroup", **cluster)
+
+
 def _read(slots):
   """Barriers: the computing warpgroups of all blocks of a cluster have read a slot.
 
@@ -286,10 +292,7 @@ def _first_product(a_ED, b_BND):
   return mosaic.kernel(
     fft_mixing_by_width,
     out_type=jax.ShapeDtypeStruct((batch, height, width), dtype),
-    grid=(batch * across * down,),
-    grid_names=("block",),
-    num_threads=_COMPUTING + 1,
-    thread_name="warpgroup",
+    **_launch(batch * across * down),
     scratch_types=[
       *_ring_scratch(_COLUMNS, slots, dtype),
       plgpu.SMEM((_COMPUTING, mosaic.WARPGROUP_ROWS, _COLUMNS), dtype, transforms=mosaic.swizzled(_COLUMNS, dtype)),
@@ -463,12 +466,7 @@ def _fold_and_multiply(x_BLD):
   products = mosaic.kernel(
     fft_mixing_by_width,
     out_type=(out_type, out_type),
-    grid=(batch * (evens + odds) // shared * groups,),
-    grid_names=("block",),
-    cluster=(shared,),
-    cluster_names=("cluster",),
-    num_threads=_COMPUTING + 1,
-    thread_name="warpgroup",
+    **_launch(batch * (evens + odds) // shared * groups, shared),
     scratch_types=[
       plgpu.SMEM((2 * own, chunks, _CHUNK, _CHUNK), dtype, transforms=transforms),
       plgpu.SMEM((_COMPUTING, parities, _CHUNK, _CHUNK), dtype, transforms=transforms),
@@ -617,12 +615,7 @@ def _second_product(cosines, sines, width):
   return mosaic.kernel(
     fft_mixing_by_length,
     out_type=jax.ShapeDtypeStruct((batch, count, height, width), dtype),
-    grid=(batch * across // shared * down,),
-    grid_names=("block",),
-    cluster=(shared,),
-    cluster_names=("cluster",),
-    num_threads=_COMPUTING + 1,
-    thread_name="warpgroup",
+    **_launch(batch * across // shared * down, shared),
     scratch_types=[
       *_ring_scratch(computed, slots, dtype)[:-1],
       _read(slots),

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from mixing import BOUNDS, error, every_dtype, normal, on_kernel, truth
 
 from kernels import compile, dispatch, mosaic
 from kernels.fft_mixing import fft_mixing, two_level
 
-BOUNDS = {jnp.float32: 1e-3, jnp.bfloat16: 1e-2}  # relative to the norm; the interpreter does not round to TF32
-every_dtype = pytest.mark.parametrize("dtype", list(BOUNDS))
 pytestmark = pytest.mark.timeout(240, method="thread")
 
 
@@ -24,22 +23,6 @@ def split(monkeypatch):
 def one_block(monkeypatch):
   """All samples of a tile in one block."""
   monkeypatch.setattr(two_level, "_BLOCKS", 1)
-
-
-def truth(x_BLD):
-  return np.fft.fft2(np.asarray(x_BLD, np.float64)).real
-
-
-def error(x, y):
-  return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
-
-
-def normal(shape, dtype, seed):
-  return jnp.asarray(np.random.RandomState(seed).randn(*shape), dtype)
-
-
-def on_kernel(x_BLD):
-  return fft_mixing(x_BLD, implementation="mosaic")
 
 
 @every_dtype

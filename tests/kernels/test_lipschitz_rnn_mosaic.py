@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import kernels.lipschitz_rnn
-from kernels import compile, dispatch
+from kernels import cases, compile, dispatch
 from kernels.lipschitz_rnn import shapes
 
 pytestmark = pytest.mark.timeout(240, method="thread")
-BOUNDS = {jnp.float32: 1e-3, jnp.bfloat16: 1e-2}  # TF32, bfloat16
+BOUNDS = {jnp.float32: cases.BOUNDS["tf32"], jnp.bfloat16: cases.BOUNDS["bfloat16"]}
 
 
 def draw(seed, batch, steps, width, dtype, gated=False):

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import kernels.lstm
-from kernels import compile, dispatch
+from kernels import cases, compile, dispatch
 from kernels.lstm import mosaic
 
 pytestmark = pytest.mark.timeout(240, method="thread")
 compiled = pytest.mark.skipif(compile.missing() is not None, reason=f"{compile.missing()}")
-BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}  # interpreted, float32 products are exact
+# Interpreted, float32 products are exact.
+BOUNDS = {jnp.float32: cases.BOUNDS["float32"], jnp.bfloat16: cases.BOUNDS["bfloat16"]}
 ARGUMENTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh")
 
 

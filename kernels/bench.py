@@ -4,7 +4,8 @@ Every implementation that can serve takes its turn, round after round, so that n
 device's: a chain of calls, long enough to hide the start of each, between two waits; with its share of what the device
 could do, from the bandwidth and the matrix rate measured in the same run and the bytes and operations that
 `shapes.py` counts. Where the host needed most of the time to start the calls, the row says so: the device may be
-faster. Without a GPU, forms that need one are left out, and said so.
+faster. Without a GPU, forms that need one are left out, and said so; freed memory is kept for the next call,
+as in training.
 """
 
 import argparse
@@ -142,6 +143,9 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--csv", type=pathlib.Path, help="also write a file")
   flags = parser.parse_args()
+  from lra_jax import parallel  # as the trainer does; the library itself does not need lra_jax
+
+  parallel.keep_freed_memory()
   limits = peaks()
   device = jax.devices()[0]
   print(f"jax {jax.__version__}, {device.device_kind}, {'forward and gradient' if flags.grad else 'forward'}, median")

@@ -25,13 +25,14 @@ def _mosaic(x_BLD):
   return mosaic.mixing(x_BLD)
 
 
-# Numbers of a sample from which the form with less to transform and more to copy is faster on CPU.
-_QUARTER_PAYS = 2**14
+# The form with less to transform and more to copy is faster on CPU (by a tenth, measured on 2 cores) for samples of at
+# least so many numbers, in batches of at most so many.
+_QUARTER_SAMPLE, _QUARTER_BATCH = 2**14, 2**22
 
 
 def _xla(x_BLD):
   _, length, width = x_BLD.shape
-  quarter = dispatch.platform() == "cpu" and length * width >= _QUARTER_PAYS
+  quarter = dispatch.platform() == "cpu" and length * width >= _QUARTER_SAMPLE and x_BLD.size <= _QUARTER_BATCH
   return (xla.quarter if quarter else xla.half)(x_BLD)
 
 
@@ -51,9 +52,9 @@ def fft_mixing(x_BLD: jax.Array, *, implementation: str | None = None) -> jax.Ar
   Args:
     x_BLD: inputs, float32 or bfloat16.
     implementation: "reference" (the complex transform), "half" (the half of it that a real x needs), "quarter" (what
-      its real part needs, by real transforms), "xla" ("quarter" on CPU but for small samples, else "half"), "folded"
-      (products of real matrices, in bfloat16 if x is), "mosaic"
-      (the same as kernels for Hopper GPUs, in bfloat16 or TF32; beyond 2048 tokens in two levels) or None: "mosaic"
+      its real part needs, by real transforms), "xla" ("quarter" on CPU where measured to be faster, else "half"),
+      "folded" (products of real matrices, in bfloat16 if x is), "mosaic" (the same as kernels for Hopper GPUs, in
+      bfloat16 or TF32; beyond 2048 tokens in two levels) or None: "mosaic"
       for bfloat16 where it is predicted to be faster, since TF32 is less accurate than the transform; else "xla", but
       "folded" on CPU where that is faster.
 

@@ -15,10 +15,22 @@ TRY_DIGITS = "meanwhile `--config configs/sequencer2d.py:digits` trains on data 
 
 
 class Split(NamedTuple):
-  """Examples of one split: inputs (N, H, W, C) uint8, labels (N,) int32 in 0 … S − 1."""
+  """Examples of one split.
+
+  Attributes:
+    inputs: (N, H, W, C) uint8 images; or (N, L) uint8 or uint16 tokens, filled up with 0, which is no token; or
+      (N, 2, L), pairs of such sequences.
+    labels: (N,) int32 in 0 … S − 1.
+    lengths: (N,), of pairs (N, 2), int32: how many tokens are real; None where all are.
+  """
 
   inputs: np.ndarray
   labels: np.ndarray
+  lengths: np.ndarray | None = None
+
+  def take(self, indices: np.ndarray) -> "Split":
+    """The examples of those indices."""
+    return Split(*(None if array is None else array[indices] for array in self))
 
 
 def digits(data_dir: str | None = None) -> dict[str, Split]:

@@ -102,14 +102,25 @@ class Fnet(nnx.Module):
     self.pooler = layers.linear(width, width, kernel_init=_normal, **common)
     self.head = layers.linear(width, num_classes, kernel_init=_normal, dtype=jnp.float32, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: the mean leaves it out. As in the paper, padding takes part in the
+    transform like any other token, as the embedding of its id and position.
+    """
     keys = layers.split(rngs.dropout() if train else None, 3)
     x = self.tokenizer(x) + self.position[...].astype(self.dtype)[None]
     if self.types is not None:
       x = x + self.types[...].astype(self.dtype)[:1, None]
     x = layers.dropout(self.project(self.embed_norm(x)), self.dropout, keys[0])
     x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat)
-    x = x[:, 0] if self.pool == "first" else x.astype(jnp.float32).mean(1).astype(self.dtype)
+    x = x[:, 0] if self.pool == "first" else layers.masked_mean(x, mask_BL).astype(self.dtype)
     x = layers.dropout(jnp.tanh(self.pooler(x)), self.dropout, keys[2])
     return self.head(x.astype(jnp.float32))

@@ -40,10 +40,10 @@ class SpatialGatingUnit(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(self, x_BLF: jax.Array) -> jax.Array:
+  def __call__(self, x_BLF: jax.Array, mask_BL: jax.Array | None = None) -> jax.Array:
     """(B, L, F) → (B, L, F / 2)."""
     u, v = jnp.split(x_BLF, 2, axis=-1)
-    return u * self.project(self.norm(v).swapaxes(1, 2)).swapaxes(1, 2)
+    return u * self.project(layers.zero_padding(self.norm(v), mask_BL).swapaxes(1, 2)).swapaxes(1, 2)
 
 
 class Block(nnx.Module):
@@ -55,8 +55,10 @@ class Block(nnx.Module):
     self.gate = SpatialGatingUnit(length, hidden, dtype=dtype, rngs=rngs)
     self.fc2 = layers.linear(hidden // 2, width, bias_std=1e-6, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None) -> jax.Array:
-    y = self.fc2(self.gate(layers.gelu(self.fc1(self.norm(x_BLD)))))
+  def __call__(
+    self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
+    y = self.fc2(self.gate(layers.gelu(self.fc1(self.norm(x_BLD))), mask_BL))
     return x_BLD + layers.drop_path(y, drop_rate, key)
 
 
@@ -107,8 +109,20 @@ class Gmlp(nnx.Module):
     self.norm = layers.layer_norm(width, epsilon=LAYER_NORM_EPSILON, **common)
     self.head = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: the product over the tokens sees zeros there, and the mean leaves it
+    out.
+    """
     x = self.tokenizer(x)
-    x = layers.run_blocks(self.blocks, x, rngs.dropout() if train else None, self.drop_rates, remat=self.remat)
-    return self.head(self.norm(x).astype(jnp.float32).mean(1))
+    key = rngs.dropout() if train else None
+    x = layers.run_blocks(self.blocks, x, key, self.drop_rates, remat=self.remat, mask_BL=mask_BL)
+    return self.head(layers.masked_mean(self.norm(x), mask_BL))

@@ -180,27 +180,32 @@ class Mlp(nnx.Module):
     return self.fc2(dropout(self.activation(self.fc1(x)), self.dropout, key))
 
 
-def attend(q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array, *, rate=0.0, key=None, implementation=None):
+def attend(
+  q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array, *, mask_BL=None, rate=0.0, key=None, implementation=None
+):
   """Softmax attention (Vaswani et al. 2017, section 3.2.1); softmax in float32.
 
   Args:
     q_BLNK, k_BLNK, v_BLNK: queries, keys, values.
+    mask_BL: False where a key is padding; None for none.
     rate: of dropout of the attention weights; needs `key`.
     key: None where nothing is dropped.
-    implementation: "xla", "cudnn" or None: cuDNN's flash attention for bfloat16 on NVIDIA GPUs, else XLA.
+    implementation: "xla", "cudnn" or None: cuDNN's flash attention for bfloat16 on NVIDIA GPUs where there is no mask
+      (cuDNN wants one of (L, L) for every example), else XLA.
 
   Returns:
     (B, L, N, K).
   """
+  mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
   if key is not None and rate:
     scores = jnp.einsum("blnk,bmnk->bnlm", q_BLNK, k_BLNK, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q_BLNK.shape[-1] ** -0.5).astype(v_BLNK.dtype)
+    weights = jax.nn.softmax(scores * q_BLNK.shape[-1] ** -0.5, where=mask_B11L).astype(v_BLNK.dtype)
     return jnp.einsum("bnlm,bmnk->blnk", dropout(weights, rate, key), v_BLNK)
   if implementation is None:
     # Compiling for a GPU that is not there, there is no cuDNN to ask either.
-    flash = dispatch.platform() == jax.default_backend() == "gpu" and q_BLNK.dtype == jnp.bfloat16
+    flash = dispatch.platform() == jax.default_backend() == "gpu" and q_BLNK.dtype == jnp.bfloat16 and mask_BL is None
     implementation = "cudnn" if flash else "xla"
-  return jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, implementation=implementation)
+  return jax.nn.dot_product_attention(q_BLNK, k_BLNK, v_BLNK, mask=mask_B11L, implementation=implementation)
 
 
 class SelfAttention(nnx.Module):
@@ -231,11 +236,14 @@ class SelfAttention(nnx.Module):
     self.qkv = linear(features, 3 * inner, use_bias=use_bias, kernel_init=thirds, dtype=dtype, rngs=rngs)
     self.out = linear(inner, features, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None, *arguments) -> jax.Array:
-    """Args: x_BLD; key of the dropout of the attention weights; whatever else `attend` takes."""
+  def __call__(
+    self, x_BLD: jax.Array, key: jax.Array | None = None, *arguments, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
+    """Args: x_BLD; key of the dropout of the attention weights; whatever else `attend` takes; mask of the keys."""
     batch, length, _ = x_BLD.shape
     q, k, v = jnp.unstack(self.qkv(x_BLD).reshape(batch, length, 3, self.heads, -1), axis=2)
-    return self.out(self.attend(q, k, v, *arguments, rate=self.dropout, key=key).reshape(batch, length, -1))
+    y = self.attend(q, k, v, *arguments, mask_BL=mask_BL, rate=self.dropout, key=key)
+    return self.out(y.reshape(batch, length, -1))
 
 
 class EncoderBlock(nnx.Module):
@@ -248,10 +256,13 @@ class EncoderBlock(nnx.Module):
     self.norm2 = layer_norm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
     self.mlp = mlp
 
-  def __call__(self, x_BLD: jax.Array, drop_rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-    """Args: x_BLD; rate of stochastic depth of both branches; key of all that is random, None for nothing random."""
+  def __call__(
+    self, x_BLD: jax.Array, drop_rate: float = 0.0, key: jax.Array | None = None, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
+    """Args: x_BLD; rate of stochastic depth of both branches; key of all that is random, None for nothing random;
+    False where a token is padding, to which no other attends."""
     keys = split(key, 6)
-    y = dropout(self.attention(self.norm1(x_BLD), keys[0]), self.dropout, keys[1])
+    y = dropout(self.attention(self.norm1(x_BLD), keys[0], mask_BL=mask_BL), self.dropout, keys[1])
     x_BLD = x_BLD + drop_path(y, drop_rate, keys[2])
     y = dropout(self.mlp(self.norm2(x_BLD), keys[3]), self.dropout, keys[4])
     return x_BLD + drop_path(y, drop_rate, keys[5])
@@ -261,6 +272,36 @@ def prepend_token(token_11D: jax.Array, x_BLD: jax.Array) -> jax.Array:
   """(B, 1 + L, D): the learned token before the others of every example, in their dtype."""
   token = jnp.broadcast_to(token_11D.astype(x_BLD.dtype), (len(x_BLD), 1, x_BLD.shape[-1]))
   return jnp.concatenate([token, x_BLD], axis=1)
+
+
+def prepend_to_mask(mask_BL: jax.Array | None) -> jax.Array | None:
+  """The mask of tokens with a learned one before them."""
+  return None if mask_BL is None else jnp.pad(mask_BL, ((0, 0), (1, 0)), constant_values=True)
+
+
+def masked_mean(x_BLD: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
+  """(B, D) float32: mean over the tokens, without those where the mask is False; 0 where it is False for all."""
+  x_BLD = x_BLD.astype(jnp.float32)
+  if mask_BL is None:
+    return x_BLD.mean(1)
+  weights_BL1 = mask_BL[..., None].astype(jnp.float32)
+  return (x_BLD * weights_BL1).sum(1) / jnp.maximum(weights_BL1.sum(1), 1)
+
+
+def zero_padding(x_BLD: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
+  """x with zeros where the mask is False, whatever stands there, even NaN."""
+  return x_BLD if mask_BL is None else jnp.where(mask_BL[..., None], x_BLD, jnp.zeros((), x_BLD.dtype))
+
+
+def align_right(x: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sequences (B, L, …) that end with padding as such that begin with it, and their mask.
+
+  A recurrence that starts from zeros and reads zeros stays there, so its last state is that of the sequence alone.
+  """
+  length = mask_BL.shape[1]
+  places_BL = (jnp.arange(length)[None] + mask_BL.sum(1, dtype=jnp.int32)[:, None]) % length
+  indices = places_BL.reshape(places_BL.shape + (1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, indices, axis=1), jnp.take_along_axis(mask_BL, places_BL, axis=1)
 
 
 def check_patch(patch: int, rows: int, columns: int) -> None:
@@ -286,8 +327,9 @@ def run_blocks(
     key: from which each block gets its own; None where nothing is random.
     drop_rates: of stochastic depth, one a block.
     remat: recompute each block in the backward pass instead of keeping its activations.
-    **options: static arguments of all blocks.
+    **options: further arguments of all blocks; those that are None are not passed on.
   """
+  options = {name: value for name, value in options.items() if value is not None}
   for index, (block, rate) in enumerate(zip(blocks, drop_rates, strict=True)):
     own = None if key is None else jax.random.fold_in(key, index)
     if not remat:

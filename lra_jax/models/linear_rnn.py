@@ -32,7 +32,15 @@ class Layer(nnx.Module):
     self.out1 = nnx.data(layers.linear(width, width, **gate) if activation == "full_glu" else None)
     self.out2 = nnx.data(layers.linear(width, width, **gate) if activation != "gelu" else None)
 
-  def __call__(self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None, *, train: bool) -> jax.Array:
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    drop_rate: float,
+    key: jax.Array | None,
+    *,
+    train: bool,
+    mask_BL: jax.Array | None = None,
+  ) -> jax.Array:
     key1, key2, key3 = layers.split(key, 3)
 
     def drop(x, key):
@@ -41,7 +49,7 @@ class Layer(nnx.Module):
     def norm(x):
       return self.norm(x, use_running_average=not train) if isinstance(self.norm, nnx.BatchNorm) else self.norm(x)
 
-    y = self.cell(norm(x_BLD) if self.prenorm else x_BLD)
+    y = self.cell(layers.zero_padding(norm(x_BLD) if self.prenorm else x_BLD, mask_BL))
     if self.activation == "full_glu":
       y = drop(layers.gelu_tanh(y), key1)
       y = self.out1(y) * jax.nn.sigmoid(self.out2(y))
@@ -110,9 +118,25 @@ class Stack(nnx.Module):
     )
     self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a step is padding, after the sequence: the recurrences see zeros there, so that a reverse
+    one comes to the last real step with the state zero (the official code of S5 lets it run over the padding), and
+    the mean leaves it out.
+    """
     key = rngs.dropout() if train else None
-    x = layers.run_blocks(self.blocks, self.encoder(x), key, self.drop_rates, remat=self.remat, train=train)
-    x = x.astype(jnp.float32)
-    return self.head(x.mean(1) if self.pool == "mean" else x[:, -1])
+    x = layers.zero_padding(self.encoder(x), mask_BL)
+    x = layers.run_blocks(self.blocks, x, key, self.drop_rates, remat=self.remat, train=train, mask_BL=mask_BL)
+    if self.pool == "mean":
+      return self.head(layers.masked_mean(x, mask_BL))
+    if mask_BL is not None:
+      x, _ = layers.align_right(x, mask_BL)
+    return self.head(x[:, -1].astype(jnp.float32))

@@ -102,10 +102,22 @@ class LipschitzRnn(nnx.Module):
     """A and W, (D, D) float32 each."""
     return tuple(_shape_spectrum(w[...], self.beta, self.gamma) for w in (self.w_a, self.w_w))
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a step is padding, after the sequence; the result is that of the sequence alone.
+    """
+    if mask_BL is not None:
+      x, mask_BL = layers.align_right(x, mask_BL)
     h = kernels.lipschitz_rnn.lipschitz_rnn(
-      self.encoder(x),
+      layers.zero_padding(self.encoder(x), mask_BL),
       *self.matrices(),
       epsilon=self.epsilon,
       method=self.method,

@@ -107,17 +107,27 @@ class LraTransformer(nnx.Module):
     self.head_hidden = layers.linear(width, mlp_hidden, kernel_init=layers.lecun_normal, **common)
     self.head = nnx.Linear(mlp_hidden, num_classes, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: no other token attends to it, and the mean leaves it out.
+    """
     keys = layers.split(rngs.dropout() if train else None, 2)
     x = self.tokenizer(x)
     if self.cls is not None:
-      x = layers.prepend_token(self.cls[...], x)
+      x, mask_BL = layers.prepend_token(self.cls[...], x), layers.prepend_to_mask(mask_BL)
     position = self.position[...] if self.position is not None else jnp.asarray(sinusoidal(self.length, self.width))
     x = layers.dropout(x + position.astype(x.dtype), self.dropout, keys[0])
-    x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat)
+    x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat, mask_BL=mask_BL)
     x = self.norm(x)
-    x = x[:, 0] if self.pool == "cls" else x.astype(jnp.float32).mean(1).astype(self.dtype)
+    x = x[:, 0] if self.pool == "cls" else layers.masked_mean(x, mask_BL).astype(self.dtype)
     return self.head(jax.nn.relu(self.head_hidden(x)).astype(jnp.float32))
 
 

@@ -38,9 +38,12 @@ class Block(nnx.Module):
     self.norm2 = layers.layer_norm(width, epsilon=LAYER_NORM_EPSILON, dtype=dtype, rngs=rngs)
     self.channels = layers.Mlp(width, channel_hidden, dropout=dropout, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
     keys = layers.split(key, 4)
-    y = self.tokens(self.norm1(x_BLD).swapaxes(1, 2), keys[0]).swapaxes(1, 2)
+    y = layers.zero_padding(self.norm1(x_BLD), mask_BL)
+    y = self.tokens(y.swapaxes(1, 2), keys[0]).swapaxes(1, 2)
     x_BLD = x_BLD + layers.drop_path(y, drop_rate, keys[1])
     return x_BLD + layers.drop_path(self.channels(self.norm2(x_BLD), keys[2]), drop_rate, keys[3])
 
@@ -97,8 +100,19 @@ class MlpMixer(nnx.Module):
     self.norm = layers.layer_norm(width, epsilon=LAYER_NORM_EPSILON, **common)
     self.head = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: the MLPs over the tokens see zeros there, and the mean leaves it out.
+    """
     x = self.tokenizer(x)
-    x = layers.run_blocks(self.blocks, x, rngs.dropout() if train else None, self.drop_rates, remat=self.remat)
-    return self.head(self.norm(x).astype(jnp.float32).mean(1))
+    key = rngs.dropout() if train else None
+    x = layers.run_blocks(self.blocks, x, key, self.drop_rates, remat=self.remat, mask_BL=mask_BL)
+    return self.head(layers.masked_mean(self.norm(x), mask_BL))

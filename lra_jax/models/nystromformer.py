@@ -60,8 +60,8 @@ class NystromAttention(nnx.Module):
       width, heads, dropout=dropout, kernel_init=kernel_init, attend=attend, dtype=dtype, rngs=rngs
     )
 
-  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    return self.attention(x_BLD, key, None if self.skip is None else self.skip[...])
+  def __call__(self, x_BLD: jax.Array, key: jax.Array | None = None, mask_BL: jax.Array | None = None) -> jax.Array:
+    return self.attention(x_BLD, key, None if self.skip is None else self.skip[...], mask_BL=mask_BL)
 
 
 def _attend(q, k, v, skip, *, rate, key, **options):
@@ -80,10 +80,13 @@ class PostNormBlock(nnx.Module):
     self.mlp = mlp
     self.norm2 = layers.layer_norm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, x_BLD: jax.Array, drop_rate: float, key: jax.Array | None, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
     del drop_rate  # a post-norm block cannot be skipped
     keys = layers.split(key, 4)
-    x_BLD = self.norm1(x_BLD + layers.dropout(self.attention(x_BLD, keys[0]), self.dropout, keys[1]))
+    y = self.attention(x_BLD, keys[0], mask_BL=mask_BL)
+    x_BLD = self.norm1(x_BLD + layers.dropout(y, self.dropout, keys[1]))
     return self.norm2(x_BLD + layers.dropout(self.mlp(x_BLD, keys[2]), self.dropout, keys[3]))
 
 
@@ -195,8 +198,19 @@ class Nystromformer(nnx.Module):
     self.head_hidden = layers.linear(width, hidden, kernel_init=init, **common)
     self.head = layers.linear(hidden, num_classes, kernel_init=init, dtype=jnp.float32, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: it is no key, counts as zeros in the landmarks as in the official code,
+    and the mean leaves it out.
+    """
     keys = layers.split(rngs.dropout() if train else None, 4)
     x = self.tokenizer(x) + self.position[...].astype(self.dtype)[None, self.first_position :]
     if self.types is not None:
@@ -204,9 +218,9 @@ class Nystromformer(nnx.Module):
     if self.embed_norm is not None:
       x = self.embed_norm(x)
     x = layers.dropout(x, self.dropout, keys[0])
-    x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat)
+    x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat, mask_BL=mask_BL)
     if self.form == "lra":
-      x = self.norm(x).astype(jnp.float32).mean(1)
+      x = layers.masked_mean(self.norm(x), mask_BL)
       x = jax.nn.relu(self.head_hidden(x.astype(self.dtype)))
     else:
       x = layers.dropout(x[:, 0], self.dropout, keys[2])

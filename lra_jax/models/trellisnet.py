@@ -112,20 +112,35 @@ class TrellisNet(nnx.Module):
       self.g_hidden = nnx.Param(jnp.linalg.norm(self.w_hidden[...], axis=(0, 1)))
     self.head = layers.torch_linear(outputs, num_classes, dtype=jnp.float32, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a step is padding, after the sequence; the result is that of the sequence alone.
+    """
     keys = layers.split(rngs.dropout() if train else None, 2)
     length = x.shape[1] * (x.shape[2] if x.ndim == 4 else 1)
-    last = self.states(x, np.array([length - 1]), keys[0])[:, 0, -self.outputs :]
+    if mask_BL is not None:
+      x, mask_BL = layers.align_right(x, mask_BL)
+    last = self.states(x, np.array([length - 1]), keys[0], mask_BL)[:, 0, -self.outputs :]
     return self.head(layers.dropout(last, self.rates[2], keys[1]).astype(jnp.float32))
 
-  def states(self, x: jax.Array, steps: np.ndarray, key: jax.Array | None = None) -> jax.Array:
+  def states(
+    self, x: jax.Array, steps: np.ndarray, key: jax.Array | None = None, mask_BL: jax.Array | None = None
+  ) -> jax.Array:
     """h of the last level at some steps.
 
     Args:
       x: (B, *input_shape).
       steps: ascending, from 0.
       key: of all dropout; None for none.
+      mask_BL: False where a step is padding, before the sequence: h and c are 0 there.
 
     Returns:
       (B, len(steps), H).
@@ -134,6 +149,7 @@ class TrellisNet(nnx.Module):
     if self.embed is not None:
       x = self.embed(x)
     x_BLC = layers.dropout(x.reshape(len(x), -1, x.shape[-1]).astype(self.dtype), self.rates[0], keys[0])
+    x_BLC = layers.zero_padding(x_BLC, mask_BL)
     w_input = self._weights(self.w_input, self.g_input, keys[1])
     w_hidden = self._weights(self.w_hidden, self.g_hidden, keys[2])
     ones = jnp.ones((len(x), 1, self.width), self.dtype)
@@ -167,6 +183,8 @@ class TrellisNet(nnx.Module):
       where, z = injected[dilation]
       run = lambda h, c, z, w, mask, sizes=(have, out, dilation): level(h, c, z, w, mask, *sizes)
       h, c = (jax.checkpoint(run) if self.remat else run)(h, c, _at(z, where, out), w_hidden, mask)
+      if mask_BL is not None:
+        h, c = (layers.zero_padding(state, mask_BL[:, out]) for state in (h, c))
     return h
 
   def _weights(self, w_RIF, g_F, key):

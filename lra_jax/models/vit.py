@@ -106,21 +106,31 @@ class Vit(nnx.Module):
     self.norm = layers.layer_norm(width, epsilon=LAYER_NORM_EPSILON, **common)
     self.head = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask_BL: jax.Array | None = None,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
+
+    `mask_BL` is False where a token is padding: no other token attends to it, and the mean leaves it out.
+    """
     keys = layers.split(rngs.dropout() if train else None, 2)
     x = self.tokenizer(x)
     if self.fixed_position:
       x = x + sincos2d(*self.fixed_position).astype(x.dtype)[None]
     if self.cls is not None:
-      x = layers.prepend_token(self.cls[...], x)
+      x, mask_BL = layers.prepend_token(self.cls[...], x), layers.prepend_to_mask(mask_BL)
     if self.position is not None:
       x = x + self.position[...].astype(x.dtype)
     x = layers.dropout(x, self.dropout, keys[0])
-    x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat)
+    x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat, mask_BL=mask_BL)
     if self.pool == "cls":
       return self.head(self.norm(x[:, 0]).astype(jnp.float32))
-    return self.head(self.norm(x).astype(jnp.float32).mean(1))
+    return self.head(layers.masked_mean(self.norm(x), mask_BL))
 
 
 def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> np.ndarray:

@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from lra_jax import errors
+from lra_jax.data import text
 from lra_jax.data.sources import Split
 
 # Index = id; 0 is padding. Parentheses, which the files have around every step, are left out as the benchmark does.
@@ -36,7 +37,8 @@ def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
   Generating takes a minute or two.
 
   Args:
-    data_dir: folder that may contain listops/basic_train.tsv, basic_val.tsv and basic_test.tsv; None for none.
+    data_dir: folder that may contain listops/basic_train.tsv, basic_val.tsv and basic_test.tsv; None or "" as of
+      `text.data_folder`.
     seed: of the generator; not used for files.
 
   Returns:
@@ -46,10 +48,9 @@ def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
   Raises:
     UserError: as of `read_tsv`.
   """
-  if data_dir:
-    folder = pathlib.Path(data_dir).expanduser() / "listops"
-    if any((folder / name).exists() for name in _FILES.values()):
-      return read_tsv(folder)
+  folder = text.data_folder(data_dir) / "listops"
+  if any((folder / name).exists() for name in _FILES.values()):
+    return read_tsv(folder)
   whole = generate(sum(SIZES.values()), seed)
   if len(np.unique(whole.inputs.view(f"V{MAX_LENGTH}"))) < len(whole.inputs):
     raise AssertionError(f"listops: seed {seed} made an expression twice")

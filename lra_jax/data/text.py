@@ -75,6 +75,11 @@ def load(data_dir: str | None = None, max_length: int = 4096, validation: str | 
   return splits
 
 
+def data_folder(data_dir: str | None) -> pathlib.Path:
+  """The folder of all data: as given; None or "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+  return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
 def encode(texts: Sequence[bytes], max_length: int) -> tuple[np.ndarray, np.ndarray]:
   """Bytes to tokens: byte b is b + 1, as in the benchmark's ByteTextEncoder; 0 fills up.
 
@@ -132,5 +137,4 @@ def _builder(data_dir):
             label = -1 if match[1] == "unsup" else match[1]
             yield member.name, {"text": tar.extractfile(member).read().strip(), "label": label}
 
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return ImdbReviews(data_dir=pathlib.Path(data_dir or default).expanduser(), file_format="array_record")
+  return ImdbReviews(data_dir=data_folder(data_dir), file_format="array_record")

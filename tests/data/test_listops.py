@@ -147,7 +147,8 @@ def _flat(text):
   return re.findall(r"\[[A-Z]+(?: [0-9])+ \]", text)
 
 
-def test_load_splits_are_disjoint(monkeypatch):
+def test_load_splits_are_disjoint(monkeypatch, tmp_path):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))  # where no files are
   monkeypatch.setattr(listops, "SIZES", {"train": 300, "validation": 40, "test": 30})
   splits = listops.load(None)
   assert {name: len(split.labels) for name, split in splits.items()} == listops.SIZES

@@ -176,14 +176,25 @@ def base(model: str, task: str) -> ConfigDict:
   c.train.mixup = 0.0  # α of Beta(α, α); 0 for off
   c.train.cutmix = 0.0  # likewise
   c.train.mix_probability = 1.0  # that an example is mixed at all
+  c.train.mix_per = "example"  # what share, place and choice of MixUp or CutMix are drawn for; or "batch", as timm's
 
-  c.augment = ConfigDict()
+  c.augment = ConfigDict()  # of training images; see lra_jax/data/augment.py
   c.augment.crop_pad = 0  # pixels; pad, then crop to the original size
   c.augment.crop_scale = ()  # (smallest, largest) share of the area of random resized crop; () for off
   c.augment.crop_ratio = (3 / 4, 4 / 3)  # its width / height
+  c.augment.rotate = 0.0  # largest turn either way, degrees
+  c.augment.translate = 0.0  # largest shift either way along each axis, share of the size
+  c.augment.zoom = ()  # (smallest, largest) factor of size; () for off
+  c.augment.shear = 0.0  # largest shear along rows either way, degrees
   c.augment.flip = False  # left-right
+  c.augment.flip_vertical = False  # top-bottom
+  c.augment.policy = ""  # "rand-m9-mstd0.5-inc1" and the like, "cifar_autoaugment", "trivial"; "" for none
+  c.augment.jitter = ()  # of brightness, contrast, saturation (factor 1 ± a) and hue (± a of the circle); () for off
   c.augment.erase_probability = 0.0  # of random erasing
   c.augment.erase_mode = "pixel"  # or "constant"
+  c.augment.cutout = 0  # pixels; side of a square set to the mean
+  c.augment.repeats = 1  # of each example within a batch, augmented anew each time
+  c.augment.eval_crop_share = 1.0  # of evaluation images' sides: resized to size / share, middle cut out
 
   c.optim = ConfigDict()
   c.optim.name = "adamw"  # or "adam", "sgd", "lion"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lra_jax import errors
 from lra_jax.data.sources import Split
 
 
@@ -21,11 +22,15 @@ def put(split: Split, sharding: jax.sharding.Sharding) -> Resident:
   return Resident(*jax.device_put(tuple(split), sharding))
 
 
-def train_indices(examples: int, batch_size: int, first_step: int, steps: int, seed: int) -> np.ndarray:
+def train_indices(
+  examples: int, batch_size: int, first_step: int, steps: int, seed: int, repeats: int = 1
+) -> np.ndarray:
   """Examples of training steps `first_step` … `first_step + steps − 1`.
 
   Training reads one endless stream: epoch after epoch, each a permutation of all examples drawn from (seed, epoch). A
-  batch may hold the end of one epoch and the start of the next, so every example is seen exactly once an epoch.
+  batch may hold the end of one epoch and the start of the next, so every example is seen exactly once an epoch. With
+  repeated augmentation (Hoffer et al. 2020) a batch takes its next B / repeats examples, then the same ones again:
+  N / B steps see the data set's 1 / repeats-th part, as in timm, and `repeats` times as many steps all of it.
 
   Args:
     examples: N, size of the training split.
@@ -33,10 +38,20 @@ def train_indices(examples: int, batch_size: int, first_step: int, steps: int, s
     first_step: counted from 0 at the start of training.
     steps: number of batches.
     seed: of the run.
+    repeats: of each example within a batch.
 
   Returns:
     (steps, B) int32 indices into the split.
+
+  Raises:
+    UserError: B is no multiple of `repeats`.
   """
+  if repeats < 1 or batch_size % repeats:
+    raise errors.UserError(
+      f"config.augment.repeats={repeats}: expected 1 or more, of which config.train.batch_size={batch_size} is a "
+      "multiple"
+    )
+  batch_size //= repeats
   start, stop = first_step * batch_size, (first_step + steps) * batch_size
   position, parts = start, []
   while position < stop:
@@ -44,7 +59,7 @@ def train_indices(examples: int, batch_size: int, first_step: int, steps: int, s
     part = _permutation(examples, epoch, seed)[offset : offset + stop - position]
     parts.append(part)
     position += len(part)
-  return np.concatenate(parts).reshape(steps, batch_size)
+  return np.tile(np.concatenate(parts).reshape(steps, batch_size), (1, repeats))
 
 
 @functools.lru_cache(maxsize=2)

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
+from sklearn import datasets
 
 from configs import common
-from lra_jax.data import augment, sources, tasks
+from lra_jax import errors
+from lra_jax.data import augment, resident, sources, tasks
+
+CHINA = datasets.load_sample_images().images[0]
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 PLAIN = dataclasses.replace(tasks.get("digits"), mean=(0.0,), std=(1.0,))
@@ -109,3 +113,192 @@ def test_no_mixing_is_the_identity():
   x, targets = jnp.ones((4, 2, 2, 1)), jnp.eye(4)
   same = augment.mix(KEYS[0], x, targets, 0.0, 0.0, 1.0)
   assert same[0] is x and same[1] is targets
+
+
+@pytest.mark.parametrize("mixup,cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_by_the_batch_is_one_draw_for_all(mixup, cutmix):
+  """timm's default: the same share, the same box and the same choice for all examples, with the probability of each."""
+  batch = 6
+  x = np.broadcast_to(np.arange(batch, dtype=np.float32)[:, None, None, None], (batch, 16, 16, 1))
+  shares, cut = [], []
+  mix = jax.jit(lambda key: augment.mix(key, jnp.asarray(x), jnp.eye(batch), mixup, cutmix, 0.7, per="batch"))
+  for key in KEYS[:150]:
+    images, targets = mix(key)
+    images, targets = np.asarray(images), np.asarray(targets)
+    np.testing.assert_allclose(targets @ np.arange(batch), images.mean((1, 2, 3)), atol=1e-4)
+    own = np.diag(targets)
+    np.testing.assert_allclose(own, own[0])
+    mask = images[0] != 0
+    assert all(((image != i) == mask).all() for i, image in enumerate(images))
+    shares.append(own[0])
+    cut.append(np.isin(images, np.arange(batch)).all())
+  shares, cut = np.array(shares), np.array(cut)[np.array(shares) < 1]
+  assert 0.18 < (shares == 1).mean() < 0.48
+  assert cut.mean() == (0 if not cutmix else 1) if not (mixup and cutmix) else 0.3 < cut.mean() < 0.7
+
+
+def test_mixing_per_something_else_is_refused():
+  with pytest.raises(errors.UserError, match="mix_per: 'batches' does not exist; did you mean 'batch'"):
+    augment.mix(KEYS[0], jnp.ones((2, 2, 2, 1)), jnp.eye(2), 1.0, 0.0, 1.0, per="batches")
+
+
+def test_repeated_augmentation():
+  """Every batch has each of its examples `repeats` times; the distinct ones go on through the epochs' permutations."""
+  plain = resident.train_indices(100, 8, 5, 3, seed=1)
+  np.testing.assert_array_equal(plain, resident.train_indices(100, 8, 5, 3, seed=1, repeats=1))
+  batches = resident.train_indices(100, 24, 5, 3, seed=1, repeats=3)
+  np.testing.assert_array_equal(batches, np.concatenate([plain] * 3, 1))
+  seen = resident.train_indices(100, 24, 0, 25, seed=1, repeats=3)[:, :8]
+  assert sorted(seen.ravel()) == sorted([*range(100)] * 2)
+  for repeats in (0, 5):
+    with pytest.raises(errors.UserError, match=f"repeats={repeats}: expected 1 or more, of which .*batch_size=24"):
+      resident.train_indices(100, 24, 0, 1, seed=1, repeats=repeats)
+
+
+@pytest.mark.parametrize("share", [0.875, 0.7])
+def test_evaluation_crop_is_pillows(share):
+  images = CHINA[None, 100:132, 300:332]
+  task = dataclasses.replace(tasks.get("cifar10"), mean=(0.0,) * 3, std=(1.0,) * 3)
+  larger = int(32 / share)
+  start = round((larger - 32) / 2)
+  truth = Image.fromarray(images[0]).resize((larger, larger), Image.Resampling.BICUBIC)
+  truth = np.asarray(truth.crop((start, start, start + 32, start + 32)), np.float32)
+  ours = np.asarray(augment.prepare(images, task, share))[0] * 255
+  assert ours.shape == (32, 32, 3) and np.abs(ours - truth).max() < 1.01 and (np.abs(ours - truth) > 0.01).mean() < 0.01
+  np.testing.assert_array_equal(augment.prepare(images, task, 1.0), augment.prepare(images, task))
+  tokens = augment.prepare(sources.digits()["test"].inputs[:4], tasks.get("digits_tokens"), share)
+  assert tokens.dtype == jnp.int32 and tokens.shape == (4, 64) and len(np.unique(tokens)) > 17
+  for wrong in (0.0, 1.2):
+    with pytest.raises(errors.UserError, match=f"eval_crop_share={wrong}: expected above 0 and at most 1"):
+      augment.prepare(images, task, wrong)
+
+
+def test_random_affine_is_one_bilinear_warp_of_the_documented_draws():
+  """The matrix is made here in float64 from the same draws; Pillow warps each channel as real numbers."""
+  image = CHINA[100:148, 300:364].astype(np.float32)
+  for key in KEYS[:5]:
+    turn, slant, right, down = np.asarray(jax.random.uniform(jax.random.fold_in(key, 0), (4,), minval=-1.0), np.float64)
+    draw = jax.random.uniform(jax.random.fold_in(key, 1), (), minval=jnp.log(0.8), maxval=jnp.log(1.5))
+    angle, slope, zoom = np.deg2rad(20 * turn), np.tan(np.deg2rad(15 * slant)), np.exp(float(draw))
+    linear = zoom * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ [[1, slope], [0, 1]]
+    middle, inverse = np.array([32, 24]), np.linalg.inv(linear)
+    offset = middle - inverse @ (middle + 0.1 * np.array([64 * right, 48 * down]))
+    coefficients = np.column_stack([inverse, offset]).ravel()
+    bilinear, affine = Image.Resampling.BILINEAR, Image.Transform.AFFINE
+    channels = [Image.fromarray(image[..., i]).transform((64, 48), affine, coefficients, bilinear) for i in range(3)]
+    ours = np.asarray(augment.random_affine(key, jnp.asarray(image), 20.0, 0.1, (0.8, 1.5), 15.0))
+    difference = np.abs(ours - np.stack([np.asarray(channel) for channel in channels], -1)).max(-1)
+    assert (difference > 0.02).sum() <= 2 and (ours != image).any()  # a border pixel may be outside for one of them
+
+
+def test_color_jitter_is_pillows_in_the_drawn_order():
+  image = CHINA[100:132, 300:332]
+  orders = set()
+  for key in KEYS[:12]:
+    draws = np.asarray(jax.random.uniform(jax.random.fold_in(key, 0), (4,)), np.float64)
+    # 1 − 1.2 is below 0, so that saturation starts at 0.
+    factors = 1 + 0.4 * (2 * draws[0] - 1), 1 + 0.3 * (2 * draws[1] - 1), 2.2 * draws[2]
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 1), 4)).tolist()
+    orders.add(tuple(order))
+    picture = Image.fromarray(image)
+    for change in order:
+      if change == 3:
+        hue, saturation, value = picture.convert("HSV").split()
+        shift = int((2 * draws[3] - 1) * 0.1 * 255)
+        hue = Image.fromarray(((np.asarray(hue).astype(int) + shift) % 256).astype(np.uint8))
+        picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+      else:
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+        picture = enhance(picture).enhance(factors[change])
+    ours = np.asarray(augment.color_jitter(key, jnp.asarray(image, jnp.float32), (0.4, 0.3, 1.2, 0.1)))
+    difference = np.abs(ours - np.asarray(picture, np.float32))
+    assert (difference > 1).mean() < 0.01 and difference.mean() < 0.1, (order, difference.max())
+  assert len(orders) > 6
+
+
+def test_jitter_of_one_channel_and_of_amounts_that_are_0():
+  digit = jnp.asarray(sources.digits()["train"].inputs[0], jnp.float32)
+  np.testing.assert_array_equal(augment.color_jitter(KEYS[0], digit, (0.0, 0.0, 0.5, 0.5)), digit)
+  factor = 1 - 0.4 + 0.8 * jax.random.uniform(jax.random.fold_in(KEYS[0], 0), (4,))[0]
+  truth = np.floor(np.clip(digit * factor, 0, 255))
+  np.testing.assert_array_equal(augment.color_jitter(KEYS[0], digit, (0.4, 0, 0, 0)), truth)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_cutout_is_a_square_around_any_pixel(size):
+  cut = np.asarray(jax.vmap(lambda k: augment.cutout(k, jnp.full((8, 6, 2), 7.0), size))(KEYS)) == 0
+  assert (cut[..., 0] == cut[..., 1]).all()
+  masks = {mask.tobytes() for mask in cut[..., 0]}
+  truth = set()
+  for row in range(8):
+    for column in range(6):
+      mask = np.zeros((8, 6), bool)
+      top, left = row - size // 2, column - size // 2
+      mask[max(top, 0) : top + size, max(left, 0) : left + size] = True
+      truth.add(mask.tobytes())
+  assert masks == truth
+
+
+def test_vertical_flip_is_a_fair_coin_of_its_own():
+  config = common.base("x", "digits").augment
+  config.flip, config.flip_vertical = True, True
+  x = np.broadcast_to(sources.digits()["train"].inputs[:1], (600, 8, 8, 1))
+  y = np.asarray(augment.augment(KEYS[0], x, config, PLAIN)) * 255
+  found = np.zeros(4, int)
+  for image in np.round(y):
+    matches = [(image == x[0][::vertical, ::flat]).all() for vertical in (1, -1) for flat in (1, -1)]
+    found[matches.index(True)] += 1
+  assert found.sum() == 600 and found.min() > 110
+
+
+def test_everything_at_once_is_jitted_and_leaves_the_default_as_it_was():
+  """With all new fields off, images of a key are those of the operations that were there before, bit for bit."""
+  config = common.base("x", "cifar10").augment
+  images = np.stack([CHINA[i : i + 32, i : i + 32] for i in range(0, 64, 4)])
+  task = tasks.get("cifar10")
+  config.crop_pad, config.flip, config.crop_scale, config.erase_probability = 2, True, (0.5, 1.0), 0.5
+
+  def before(key, x):
+    keys = jax.random.split(key, 4)
+    x = augment.pad_and_crop(keys[0], x.astype(jnp.float32) / 255, 2)
+    x = augment.random_resized_crop(keys[1], x, (0.5, 1.0), (3 / 4, 4 / 3))
+    x = augment.random_flip(keys[2], x)
+    x = (x - jnp.array(task.mean)[None, None]) / jnp.array(task.std)[None, None]
+    return augment.random_erasing(keys[3], x, 0.5, "pixel")
+
+  run = jax.jit(lambda key: augment.augment(key, images, config, task))
+  truth = jax.jit(lambda key: jax.vmap(before)(jax.random.split(key, 16), images))(KEYS[0])
+  np.testing.assert_array_equal(run(KEYS[0]), truth)
+  config.rotate, config.translate, config.zoom, config.shear = 10.0, 0.1, (0.9, 1.1), 5.0
+  config.flip_vertical, config.policy, config.jitter, config.cutout = True, "trivial", (0.2, 0.2, 0.2, 0.1), 8
+  y = jax.jit(lambda key: augment.augment(key, images, config, task))(KEYS[0])
+  assert y.shape == images.shape and np.isfinite(y).all() and len({image.tobytes() for image in np.asarray(y)}) == 16
+
+
+def test_a_policy_of_tokens_gives_tokens():
+  config = common.base("x", "digits_tokens").augment
+  config.policy = "rand-m9-mstd0.5-inc1"
+  task = tasks.get("digits_tokens")
+  images = sources.digits()["train"].inputs[:64]
+  x = np.asarray(augment.augment(KEYS[0], images, config, task))
+  assert (
+    np.abs(x - np.round(x)).max() < 1e-4 and x.min() >= 0 and x.max() < 255.01 and (x[..., 0] != images[..., 0]).any()
+  )
+
+
+@pytest.mark.parametrize(
+  "field,value,message",
+  [
+    ("policy", "rand-m9-x1", "field 'x' does not exist"),
+    ("jitter", (0.4, 0.4), "jitter=.*expected four numbers"),
+    ("jitter", (0.4, 0.4, 0.4, 0.6), "the last at most 0.5"),
+    ("zoom", (1.2, 0.8), "zoom=.*the smallest and the largest"),
+    ("shear", 90.0, "shear=90.0: expected degrees"),
+    ("cutout", -1, "cutout=-1: expected a number of pixels"),
+  ],
+)
+def test_values_that_mean_nothing(field, value, message):
+  config = common.base("x", "digits").augment
+  config[field] = value
+  with pytest.raises(errors.UserError, match=message):
+    augment.augment(KEYS[0], sources.digits()["train"].inputs[:2], config, PLAIN)

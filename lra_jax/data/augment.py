@@ -134,6 +134,7 @@ def color_jitter(key: jax.Array, x_HWC: jax.Array, amounts: tuple[float, float, 
   active = [i for i, amount in enumerate(amounts) if amount]
   for turn in range(4):
     x_HWC = jnp.select([order[turn] == i for i in active], [changes[i](x_HWC) for i in active], x_HWC)
+    x_HWC = jax.lax.optimization_barrier(x_HWC)  # see policies.apply
   return x_HWC
 
 

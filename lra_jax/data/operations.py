@@ -158,11 +158,11 @@ def equalize(x_HWC: jax.Array) -> jax.Array:
 def smooth(x_HWC: jax.Array) -> jax.Array:
   """Mean of 3 × 3 pixels with weight 5 for the middle, `ImageFilter.SMOOTH`, exact; the border stays as it is."""
   height, width, _ = x_HWC.shape
-  if min(height, width) < 3:
-    return x_HWC
-  shifted = [x_HWC[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
-  inner = jnp.floor((sum(shifted) + 4 * shifted[4]) / 13 + 0.5)  # a sum of whole numbers by 13 is never near a half
-  return x_HWC.at[1:-1, 1:-1].set(inner)
+  padded = jnp.pad(x_HWC, ((1, 1), (1, 1), (0, 0)))
+  total = 4 * x_HWC + sum(padded[i : height + i, j : width + j] for i in range(3) for j in range(3))
+  rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+  inside = (rows > 0) & (rows < height - 1) & (columns > 0) & (columns < width - 1)
+  return jnp.where(inside[..., None], jnp.floor(total / 13 + 0.5), x_HWC)  # whole numbers by 13 are never near a half
 
 
 def sharpness(x_HWC: jax.Array, factor: jax.Array) -> jax.Array:

@@ -64,6 +64,8 @@ def apply(
     x_HWC = ops.warp_nearest(x_HWC, matrix, fill_C)
   else:
     x_HWC = ops.floor_levels(ops.warp(x_HWC, matrix, fill_C, cubic))
+  # Without barriers XLA's CPU compiler puts the warp into each of its readers and computes it a dozen times over.
+  x_HWC = jax.lax.optimization_barrier(x_HWC)
 
   levels = jnp.broadcast_to(jnp.arange(256.0)[:, None], (256, channels))
   table = levels
@@ -78,7 +80,7 @@ def apply(
     ("brightness", ops.brightness(levels, value)),
   ):
     table = jnp.where(chosen(name), candidate, table)
-  x_HWC = ops.lookup(x_HWC, table)
+  x_HWC = jax.lax.optimization_barrier(ops.lookup(x_HWC, jax.lax.optimization_barrier(table)))
 
   is_color = chosen("color")
   start = jnp.where(is_color, jnp.broadcast_to(ops.grey(x_HWC), x_HWC.shape), ops.smooth(x_HWC))

@@ -29,7 +29,7 @@ def main() -> None:
   mesh = parallel.make_mesh(-1)
   graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
   weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}
-  call = train.make_eval_call(trained.task, graphdef, mesh)
+  call = train.make_eval_call(trained.config, trained.task, graphdef, mesh)
   data = resident.put(splits[_SPLIT.value], parallel.replicated(mesh))
   values, _, _ = train.evaluate(call, weights, data, trained.config.eval.batch_size, mesh.size)
   head = {"model": trained.config.model.name, "task": trained.task.name, "split": _SPLIT.value, "step": trained.step}

@@ -46,8 +46,9 @@ def main() -> None:
 
   trained = runs.load(_WORKDIR.value, _STEP.value)
   task = trained.task
+  crop_share = trained.config.augment.eval_crop_share
   images = np.stack([read_image(path, task.image_shape) for path in paths])
-  probabilities = np.asarray(jax.nn.softmax(trained.model(augment.prepare(images, task))))
+  probabilities = np.asarray(jax.nn.softmax(trained.model(augment.prepare(images, task, crop_share))))
   for path, row in zip(paths, probabilities, strict=True):
     top = np.argsort(-row, kind="stable")[: _TOP.value]
     print(f"{path}: " + ", ".join(f"{task.class_names[i]} {row[i]:.1%}" for i in top))

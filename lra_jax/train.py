@@ -2,7 +2,7 @@
 
 Training state is one pytree of arrays: {"step", "params", "model_state", "opt_state", "ema", "plateau"}, the last two
 where the config asks for them. One call to the device runs `plan.steps_per_call` steps.
-Axes: B batch, H rows, W columns, C channels, S classes, M steps of a call.
+Axes: B batch, S classes, M steps of a call.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from flax import nnx
 
 from kernels import dispatch
 from lra_jax import checkpoint, errors, flops, metrics, optim, parallel, report, runs
-from lra_jax.data import augment, resident, tasks
+from lra_jax.data import batches, resident, tasks
 
 # Randomness is a function of (seed, step, purpose); these are the purposes.
 AUGMENT, MIX, DROPOUT = range(3)
@@ -88,7 +88,8 @@ def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransfor
 
 def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh):
   """Returns `call(state, data, indices_MB) -> state, metrics`, M = `steps` training steps in one program."""
-  classes, root = len(task.class_names), jax.random.key(config.seed)
+  batches.check(config, task)
+  root = jax.random.key(config.seed)
   parts = config.train.accumulate
   batch_sharding = parallel.sharded(mesh)
 
@@ -98,7 +99,8 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
   def loss_fn(params, model_state, inputs, targets_BS, key):
     model = nnx.merge(graphdef, params, model_state)
     with dispatch.batches_split(mesh):
-      logits_BS = model(inputs, train=True, rngs=nnx.Rngs(dropout=key))
+      x, options = inputs
+      logits_BS = model(x, **options, train=True, rngs=nnx.Rngs(dropout=key))
     loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
     accuracy = (logits_BS.argmax(-1) == targets_BS.argmax(-1)).mean()
     _, _, model_state = nnx.split(model, nnx.Param, ...)
@@ -114,12 +116,12 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
       (loss, (accuracy, model_state)), grads = grad_fn(params, model_state, x, targets, jax.random.fold_in(key, index))
       return (jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), model_state), None
 
-    split = [jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1) for a in (inputs, targets_BS)]
+    split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), (inputs, targets_BS))
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
     carry = zeros, model_state
     if mesh.devices.flat[0].platform == "cpu":  # no convolution in a loop there, not even in one of a single turn
       for index in range(parts):
-        carry, _ = one(carry, (*(a[index] for a in split), index))
+        carry, _ = one(carry, (*jax.tree.map(lambda a, index=index: a[index], split), index))
     else:
       carry, _ = jax.lax.scan(one, carry, (*split, jnp.arange(parts)))
     sums, model_state = carry
@@ -127,12 +129,8 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
 
   def step(data, state, indices_B):
     number = state["step"]
-    x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], batch_sharding)
-    x_BHWC = augment.augment(key_of(number, AUGMENT), x_BHWC, config.augment, task)
-    targets_BS = optax.smooth_labels(jax.nn.one_hot(data.labels[indices_B], classes), config.train.label_smoothing)
-    mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability
-    x_BHWC, targets_BS = augment.mix(key_of(number, MIX), x_BHWC, targets_BS, *mixing)
-    inputs = augment.view(x_BHWC, task)
+    examples = batches.take(data, indices_B, batch_sharding)
+    inputs, targets_BS = batches.training(config, task, examples, key_of(number, AUGMENT), key_of(number, MIX))
 
     grads, loss, accuracy, model_state = gradients(
       state["params"], state["model_state"], inputs, targets_BS, key_of(number, DROPOUT)
@@ -162,15 +160,16 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
   )
 
 
-def make_eval_call(task, graphdef, mesh):
+def make_eval_call(config, task, graphdef, mesh):
   """Returns `call(weights, data, indices_B, mask_B) -> metrics, predictions_B, confidences_B`."""
 
   def call(weights, data, indices_B, mask_B):
     model = nnx.merge(graphdef, weights["params"], weights["model_state"])
-    x_BHWC = jax.lax.with_sharding_constraint(data.inputs[indices_B], parallel.sharded(mesh))
+    examples = batches.take(data, indices_B, parallel.sharded(mesh))
+    x, options = batches.evaluation(config, task, examples)
     with dispatch.batches_split(mesh):
-      logits_BS = model(augment.prepare(x_BHWC, task))
-    labels_B = data.labels[indices_B]
+      logits_BS = model(x, **options)
+    labels_B = examples.labels
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
     totals = metrics.EvalMetrics.single_from_model_output(
       logits=logits_BS, labels=labels_B, losses=losses_B, mask=mask_B
@@ -255,7 +254,7 @@ def _train_and_test(config, workdir, stop, started):
 
   # Compiling before the loop tells what a step costs, and keeps its time out of the speed.
   make_call = functools.partial(make_train_call, config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
-  eval_call = make_eval_call(task, graphdef, mesh)
+  eval_call = make_eval_call(config, task, graphdef, mesh)
   compile_start = time.perf_counter()
   indices = jax.ShapeDtypeStruct((plan.steps_per_call, plan.batch_size), jnp.int32)
   try:
@@ -313,8 +312,10 @@ def _train_and_test(config, workdir, stop, started):
   step, pending, finished = first, None, first >= plan.steps or _stopped_early(config, host)
   try:
     while not finished and not stop.requested:
-      batches = resident.train_indices(examples, plan.batch_size, step, plan.steps_per_call, config.seed)
-      state, step_metrics = train_call(state, data["train"], jax.device_put(batches, parallel.sharded(mesh, 1)))
+      indices = resident.train_indices(
+        examples, plan.batch_size, step, plan.steps_per_call, config.seed, config.augment.repeats
+      )
+      state, step_metrics = train_call(state, data["train"], jax.device_put(indices, parallel.sharded(mesh, 1)))
       step += plan.steps_per_call
       if pending is not None:
         read_metrics(*pending)  # of the call before: the device is busy with this one meanwhile

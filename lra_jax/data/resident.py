@@ -11,10 +11,11 @@ from lra_jax.data.sources import Split
 
 
 class Resident(NamedTuple):
-  """One split on the device, a copy on each: inputs (N, H, W, C) uint8, labels (N,) int32."""
+  """One split on the device, a copy on each; as `sources.Split`."""
 
   inputs: jax.Array
   labels: jax.Array
+  lengths: jax.Array | None = None
 
 
 def put(split: Split, sharding: jax.sharding.Sharding) -> Resident:

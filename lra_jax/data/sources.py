@@ -76,7 +76,7 @@ def cifar10(data_dir: str | None = None) -> dict[str, Split]:
 
 def cifar10_grey(data_dir: str | None = None) -> dict[str, Split]:
   """CIFAR-10 in 256 grey levels, images (N, 32, 32, 1), as the Long Range Arena makes them; else as `cifar10`."""
-  return {name: Split(grey(inputs), labels) for name, (inputs, labels) in cifar10(data_dir).items()}
+  return {name: split._replace(inputs=grey(split.inputs)) for name, split in cifar10(data_dir).items()}
 
 
 def grey(x_NHWC: np.ndarray) -> np.ndarray:

@@ -130,10 +130,9 @@ def load(name: str, *, data_dir: str | None, validation_fraction: float, split_s
       f"config.task.validation_fraction={validation_fraction} of {len(train) + len(validation)} training examples "
       f"leaves {len(train)} for training and {len(validation)} for validation; take a value between 0.01 and 0.5"
     )
-  inputs, labels = splits["train"]
   return {
-    "train": Split(inputs[train], labels[train]),
-    "validation": Split(inputs[validation], labels[validation]),
+    "train": splits["train"].take(train),
+    "validation": splits["train"].take(validation),
     "test": splits["test"],
   }
 

@@ -10,6 +10,7 @@ from flax import nnx
 from lra_jax import errors
 from lra_jax.models import (
   convmixer,
+  dual,
   fnet,
   gmlp,
   layers,
@@ -77,16 +78,17 @@ def create(
 
   Args:
     name: one of `names()`.
-    input_shape: of one example; (H, W, C) of an image, (L, C) of a sequence, (L,) of integer tokens.
+    input_shape: of one example; (H, W, C) of an image, (L, C) of a sequence, (L,) of integer tokens, (2, L) of two
+      sequences of these, which one encoder reads; see `dual.DualEncoder`.
     num_classes: number of logits.
     rngs: `nnx.Rngs(seed)`; stream `params` initialises.
-    vocab_size: number of different integer tokens; None for the others.
+    vocab_size: number of different integer tokens, padding included; None for the others.
     init: "paper" (its own initialisation), "xavier" or "he"; see `layers.reinitialize`.
     **overrides: arguments of the model's constructor that shall differ from the preset's.
 
   Returns:
     A module: `model(x, *, train=False, rngs=None)` gives float32 logits (B, S). `x` is (B, *input_shape), float32, or
-    int32 for tokens.
+    int32 for tokens. Models of sequences also take `mask_BL`, False where a token is padding.
 
   Raises:
     UserError: an unknown name, override or scheme (near misses are named), an input that the model cannot read, or
@@ -94,6 +96,9 @@ def create(
   """
   errors.check_known("model", name, REGISTRY)
   constructor, preset = REGISTRY[name]
+  if vocab_size is not None and len(input_shape) == 2:
+    arguments = dict(num_classes=num_classes, rngs=rngs, vocab_size=vocab_size, init=init, **overrides)
+    return dual.DualEncoder(create(name, input_shape=input_shape[1:], **arguments), num_classes, rngs=rngs)
   view = {3: "image", 2: "sequence", 1: "tokens"}[len(input_shape)]
   if view not in constructor.INPUTS:
     raise errors.UserError(

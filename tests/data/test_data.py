@@ -38,7 +38,9 @@ def test_validation_is_carved_by_seed_and_class():
   load = functools.partial(tasks.load, "digits", data_dir=None)
   splits = load(validation_fraction=0.2, split_seed=0)
   whole = sources.digits()
-  rows = lambda split: [image.tobytes() + bytes([label]) for image, label in zip(*split, strict=True)]
+  rows = lambda split: [
+    image.tobytes() + bytes([label]) for image, label in zip(split.inputs, split.labels, strict=True)
+  ]
   assert sorted(rows(splits["train"]) + rows(splits["validation"])) == sorted(rows(whole["train"]))
   assert rows(splits["test"]) == rows(whole["test"])
   share = np.bincount(splits["validation"].labels) / np.bincount(whole["train"].labels)
@@ -187,7 +189,7 @@ def test_cifar10_is_downloaded_prepared_and_read_without_tensorflow(cifar_server
   truth["test"] = cifar_server["test_batch.bin"]
   for name, records in truth.items():
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    found = {image.tobytes(): label for image, label in zip(*splits[name], strict=True)}
+    found = {image.tobytes(): label for image, label in zip(splits[name].inputs, splits[name].labels, strict=True)}
     assert found == {image.tobytes(): label for image, label in zip(images, records[:, 0], strict=True)}
   again = sources.cifar10(str(tmp_path))  # now from the prepared files
   np.testing.assert_array_equal(again["train"].inputs, splits["train"].inputs)

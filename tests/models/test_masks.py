@@ -105,6 +105,29 @@ def test_fnet_mixes_padding_and_leaves_it_out_of_the_mean():
   np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lra_transformer_digits", "s5_digits", "fnet_digits"])
+def test_a_pair_is_two_sequences_seen_by_one_encoder(name):
+  """The features are those of the encoder alone, by a forward pass of each document; NumPy does the rest."""
+  overrides = {"patch_size": 1} if "patch_size" in models.fields(name) else {}
+  pair = models.create(
+    name, input_shape=(2, LENGTH), vocab_size=VOCABULARY, num_classes=2, rngs=nnx.Rngs(0), **overrides
+  )
+  x = np.stack([draw(5), draw(6)], axis=1)
+  lengths = np.array([[LENGTH, 9], [13, 13], [1, LENGTH]])
+  mask = np.arange(LENGTH) < lengths[..., None]
+  features = [np.asarray(pair.encoder(x[:, i], mask_BL=mask[:, i]), np.float64) for i in range(2)]
+  both = np.concatenate([*features, features[0] * features[1], features[0] - features[1]], axis=1)
+  kernels = {part: np.asarray(getattr(pair, part).kernel[...], np.float64) for part in ("hidden", "head")}
+  biases = {part: np.asarray(getattr(pair, part).bias[...], np.float64) for part in ("hidden", "head")}
+  truth = np.maximum(both @ kernels["hidden"] + biases["hidden"], 0) @ kernels["head"] + biases["head"]
+  ours = np.asarray(pair(x, mask_BL=mask))
+  np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
+  other = np.where(mask, x, 1 + x % (VOCABULARY - 1))
+  if name != "fnet_digits":
+    np.testing.assert_allclose(np.asarray(pair(other, mask_BL=mask)), ours, rtol=1e-4, atol=1e-5)
+  assert np.abs(np.asarray(pair(x[:, ::-1], mask_BL=mask[:, ::-1])) - ours).max() > 1e-4
+
+
 class _Keep:
   def __init__(self, kept):
     self.kept = kept

@@ -1,0 +1,81 @@
+"""From stored examples to what a model reads: the arguments of its call, and the targets.
+
+Axes: B batch, H rows, W columns, C channels, L tokens, S classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from lra_jax import errors
+from lra_jax.data import augment, resident, tasks
+
+# Fields of `config.augment` that change images, where they are neither 0 nor empty.
+AUGMENTATION = ("crop_pad", "crop_scale", "rotate", "translate", "zoom", "shear", "flip", "flip_vertical", "policy",
+                "jitter", "erase_probability", "cutout")  # fmt: skip
+
+
+def take(data: resident.Resident, indices_B: jax.Array, sharding: jax.sharding.Sharding) -> resident.Resident:
+  """The examples of those indices, their inputs split as `sharding` says."""
+  inputs = jax.lax.with_sharding_constraint(data.inputs[indices_B], sharding)
+  lengths = None if data.lengths is None else data.lengths[indices_B]
+  return resident.Resident(inputs, data.labels[indices_B], lengths)
+
+
+def check(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
+  """Refuses settings that a task's examples cannot be subjected to.
+
+  Raises:
+    UserError: augmentation or mixing where there are no images.
+  """
+  if task.image_shape is not None:
+    return
+  for group, names in (("augment", AUGMENTATION), ("train", ("mixup", "cutmix"))):
+    for name in names:
+      if value := config[group][name]:
+        raise errors.UserError(
+          f"config.{group}.{name}={value!r}: task {task.name} has no images to augment; leave it off"
+        )
+
+
+def training(
+  config: ml_collections.ConfigDict, task: tasks.Task, examples: resident.Resident, augment_key, mix_key
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], jax.Array]:
+  """Examples augmented and mixed as `config.augment` and `config.train` say.
+
+  Args:
+    config: of the run.
+    task: of the examples.
+    examples: a batch, as stored.
+    augment_key, mix_key: of this step.
+
+  Returns:
+    (x, further keyword arguments) of the model's call; and the class probabilities (B, S).
+  """
+  targets_BS = jax.nn.one_hot(examples.labels, len(task.class_names))
+  targets_BS = optax.smooth_labels(targets_BS, config.train.label_smoothing)
+  if task.image_shape is None:
+    return tokens(examples), targets_BS
+  x_BHWC = augment.augment(augment_key, examples.inputs, config.augment, task)
+  mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability, config.train.mix_per
+  x_BHWC, targets_BS = augment.mix(mix_key, x_BHWC, targets_BS, *mixing)
+  return (augment.view(x_BHWC, task), {}), targets_BS
+
+
+def evaluation(
+  config: ml_collections.ConfigDict, task: tasks.Task, examples: resident.Resident
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """(x, further keyword arguments) of the model's call, nothing in them random."""
+  if task.image_shape is None:
+    return tokens(examples)
+  return augment.prepare(examples.inputs, task, config.augment.eval_crop_share), {}
+
+
+def tokens(examples: resident.Resident) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Token ids int32 (B, L), of pairs (B, 2, L); and "mask_BL", of that shape, False at padding, if there is any."""
+  x = examples.inputs.astype(jnp.int32)
+  if examples.lengths is None:
+    return x, {}
+  places_L = jnp.arange(x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,))
+  return x, {"mask_BL": places_L < examples.lengths[..., None]}

@@ -219,18 +219,19 @@ def _read_file(path):
 # SplitMix64 (Steele, Lea, Flood 2014). A tree is thus given by its root's, and many grow level by level at once.
 
 
-def _mix(x):
+def mix(x: np.ndarray) -> np.ndarray:
+  """The finaliser of SplitMix64: (…) uint64 to as many bits that look random."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _child_bits(bits, numbers):
-  """Bits of child number 0, 1, … of the owner of those bits."""
-  return _mix(bits + (numbers.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+def child_bits(bits: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """(…) uint64, the bits of child number 0, 1, … of the owner of those bits."""
+  return mix(bits + (numbers.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 def _arguments(bits, max_arguments):
@@ -257,15 +258,15 @@ def _ranks(counts):
 
 def _draw_roots(seed, indices, limits):
   """Bits of the root (N,) and number of tokens (N,) of the first tree in the sequence of each index that fits."""
-  key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)  # an array: it may wrap around without a warning
-  streams = _child_bits(np.repeat(key, len(indices)), indices)
+  key = mix(np.array([seed % 2**64], np.uint64) + GOLDEN)  # an array: it may wrap around without a warning
+  streams = child_bits(np.repeat(key, len(indices)), indices)
   roots = np.zeros(len(indices), np.uint64)
   lengths = np.zeros(len(indices), np.int32)
   pending = np.arange(len(indices))
   attempt, tries = 0, 8
   while len(pending):
     trial = np.tile(np.arange(attempt, attempt + tries), len(pending))
-    bits = _child_bits(np.repeat(streams[pending], tries), trial)
+    bits = child_bits(np.repeat(streams[pending], tries), trial)
     tokens = _count_tokens(bits, limits).reshape(-1, tries)
     fits = (tokens > limits[0]) & (tokens < limits[1])
     best = fits.argmax(1)
@@ -289,7 +290,7 @@ def _count_tokens(roots, limits):
     keep = operator & (total < max_length)[tree]
     bits, tree = bits[keep], tree[keep]
     counts = _arguments(bits, max_arguments)
-    bits = _child_bits(np.repeat(bits, counts), _ranks(counts))
+    bits = child_bits(np.repeat(bits, counts), _ranks(counts))
     tree = np.repeat(tree, counts)
   return total
 
@@ -302,7 +303,7 @@ def _write(roots, max_depth, max_arguments, out_NL):
     operator = _is_node_operator(bits, depth, max_depth)
     counts = _arguments(bits[operator], max_arguments)
     levels.append((bits, operator, counts))
-    bits = _child_bits(np.repeat(bits[operator], counts), _ranks(counts))
+    bits = child_bits(np.repeat(bits[operator], counts), _ranks(counts))
   sizes = [None] * max_depth  # tokens of every node with all below it
   value = np.zeros(0, np.int64)
   for depth in reversed(range(max_depth)):

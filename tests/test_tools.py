@@ -36,7 +36,7 @@ def workdir(tmp_path_factory):
 
 
 def test_predict_reads_real_digits(workdir, python, tmp_path):
-  images, labels = sources.digits()["test"]
+  images, labels, _ = sources.digits()["test"]
   paths = []
   for i in range(20):
     picture = Image.fromarray(images[i, ..., 0])

@@ -342,33 +342,37 @@ def draw_scenes(indices: np.ndarray, seed: int, how: Drawing) -> Scenes:
 def render(scenes: Scenes, how: Drawing) -> np.ndarray:
   """Draws (N, size, size, 1) uint8 pictures: white dots and dashes on black, edges soft over one px.
 
-  A px is as bright as the brightest thing there. That of a line of thickness t whose middle is d px away from the
-  px's centre is clip((t + 1) / 2 − d, 0, min(t, 1)), close to the share of the px that the line covers.
+  A px is as bright as the brightest thing there. How much of a px a dash covers is taken as the product of two shares:
+  of the dash's direction, where its ends are cut straight, and across it, where one thinner than a px covers no more
+  than its thickness.
   """
   count, paddles = scenes.drawn.shape
   contrast = np.full(paddles, how.contrast)
   contrast[2 * how.contour_length :] = how.distractor_contrast
   picture = np.zeros((count, how.size, how.size))
-  width = how.thickness
-  ink = lambda distance: np.clip((width + 1) / 2 - distance, 0, min(width, 1))
+  half, width = how.paddle_length / 2, how.thickness
+  dash = lambda along, across: (
+    np.clip(half + 0.5 - np.abs(along), 0, 1) * np.clip((width + 1) / 2 - np.abs(across), 0, min(width, 1))
+  )
   row, paddle = np.nonzero(scenes.drawn)
-  lines = scenes.tails[row, paddle], scenes.directions[row, paddle], how.paddle_length
-  _draw(picture, row, *lines, (width + 1) / 2, ink, contrast[paddle])
+  directions = scenes.directions[row, paddle]
+  middles = scenes.tails[row, paddle] + half * directions
+  _draw(picture, row, middles, directions, np.hypot(half + 0.5, (width + 1) / 2), dash, contrast[paddle])
   dots = scenes.dots(how).reshape(-1, 2)
-  disc = lambda distance: np.clip(how.marker_radius + 0.5 - distance, 0, 1)
-  _draw(picture, np.repeat(np.arange(count), 2), dots, 0 * dots, 0, how.marker_radius + 0.5, disc, np.ones(len(dots)))
+  disc = lambda along, across: np.clip(how.marker_radius + 0.5 - np.hypot(along, across), 0, 1)
+  _draw(picture, np.repeat(np.arange(count), 2), dots, np.eye(2)[[0] * len(dots)], how.marker_radius + 0.5, disc, 1.0)
   return np.round(np.minimum(picture, 1) * 255).astype(np.uint8)[..., None]
 
 
-def _draw(picture, row, tails, directions, length, reach, ink, contrast):
-  """Raises px of picture[row] to ink(distance from a line) × contrast, for Q lines; `reach` is where ink ends."""
+def _draw(picture, row, middles, directions, reach, cover, contrast):
+  """Raises px of picture[row] to cover(px along, px across) × contrast, for Q things that end `reach` px away."""
   size = picture.shape[1]
-  middle = tails + length / 2 * directions
-  span = np.arange(-int(np.ceil(length / 2 + reach)), int(np.ceil(length / 2 + reach)) + 1)
-  columns = (np.floor(middle[:, 0]).astype(int)[:, None] + span)[:, None, :]
-  lines = (np.floor(middle[:, 1]).astype(int)[:, None] + span)[:, :, None]
-  distance = np.sqrt(_squared_distance(columns + 0.5, lines + 0.5, tails, directions, length))
-  value = ink(distance) * contrast[:, None, None]
+  span = np.arange(-int(np.ceil(reach)), int(np.ceil(reach)) + 1)
+  columns = (np.floor(middles[:, 0]).astype(int)[:, None] + span)[:, None, :]
+  lines = (np.floor(middles[:, 1]).astype(int)[:, None] + span)[:, :, None]
+  x, y = columns + 0.5 - middles[:, 0, None, None], lines + 0.5 - middles[:, 1, None, None]
+  cos, sin = directions[:, 0, None, None], directions[:, 1, None, None]
+  value = cover(x * cos + y * sin, y * cos - x * sin) * np.reshape(contrast, (-1, 1, 1))
   inside = (columns >= 0) & (columns < size) & (lines >= 0) & (lines < size) & (value > 0)
   flat = (row[:, None, None] * size + lines) * size + columns
   np.maximum.at(picture.reshape(-1), flat[inside], value[inside])

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import text
+from lra_jax.data import cache, text
 from lra_jax.data.sources import Split
 
 # Index = id; 0 is padding. Parentheses, which the files have around every step, are left out as the benchmark does.
@@ -34,7 +34,7 @@ _BLOCK = 1024  # examples made at once: some 50 MB
 def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
   """The data set: from the published files in `data_dir`/listops, generated where that folder has none of them.
 
-  Generating takes a minute or two.
+  Generating takes a minute or two. What was read or generated is kept in the cache.
 
   Args:
     data_dir: folder that may contain listops/basic_train.tsv, basic_val.tsv and basic_test.tsv; None or "" as of
@@ -49,16 +49,19 @@ def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
     UserError: as of `read_tsv`.
   """
   folder = text.data_folder(data_dir) / "listops"
-  if any((folder / name).exists() for name in _FILES.values()):
-    return read_tsv(folder)
+  files = [folder / name for name in _FILES.values()]
+  if any(file.exists() for file in files):
+    return cache.load(cache.entry("listops", "published", str(folder.resolve()), files), lambda: read_tsv(folder))
+  entry = cache.entry("listops", f"seed{seed}-{'-'.join(map(str, SIZES.values()))}", "generated", ())
+  return cache.load(entry, lambda: _generate_all(seed))
+
+
+def _generate_all(seed):
   whole = generate(sum(SIZES.values()), seed)
   if len(np.unique(whole.inputs.view(f"V{MAX_LENGTH}"))) < len(whole.inputs):
     raise AssertionError(f"listops: seed {seed} made an expression twice")
-  result, start = {}, 0
-  for name, count in SIZES.items():
-    result[name] = whole.take(slice(start, start + count))
-    start += count
-  return result
+  edges = np.cumsum([0, *SIZES.values()])
+  return {split: whole.take(slice(*edges[i : i + 2])) for i, split in enumerate(SIZES)}
 
 
 def generate(

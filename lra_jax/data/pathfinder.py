@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import listops, text
+from lra_jax.data import cache, listops, text
 from lra_jax.data.sources import Split
 
 CLASS_NAMES = ("apart", "joined")
@@ -145,7 +145,8 @@ def load(
 
   Published pictures are put into an order by lot, always the same, and cut into 80, 10 and 10 %: the benchmark's own
   order is that of hashes of its paths in TensorFlow Datasets. Generating takes some minutes on one core, of 128 px a
-  quarter of an hour; all cores are used.
+  quarter of an hour; all cores are used. Both are kept in the cache, published ones where none may be bad, until their
+  metadata files change.
 
   Args:
     data_dir: folder that may contain pathfinder32 and pathfinder128, each with the folders `curv_baseline`,
@@ -164,17 +165,28 @@ def load(
   """
   drawing(size, contour_length)
   folder = text.data_folder(data_dir) / f"pathfinder{size}"
+  name, level = f"pathfinder{size}", _FOLDERS[contour_length]
   if not folder.exists():
-    where = f"pathfinder{size}: no published pictures in {folder}; {sum(SIZES.values()):,} are being generated"
-    print(where, file=sys.stderr, flush=True)
-    whole = _generate_all(size, contour_length, seed)
-    edges = np.cumsum([SIZES["train"], SIZES["validation"]])
-    order = np.arange(sum(SIZES.values()))
-  else:
-    whole = read_tree(folder / _FOLDERS[contour_length], size, max_bad)
+    say = f"pathfinder{size}: no published pictures in {folder}; {sum(SIZES.values()):,} are being generated"
+
+    def build():
+      print(say, file=sys.stderr, flush=True)
+      whole = _generate_all(size, contour_length, seed)
+      edges = np.cumsum([0, *SIZES.values()])
+      return {split: whole.take(slice(*edges[i : i + 2])) for i, split in enumerate(SIZES)}
+
+    return cache.load(
+      cache.entry(name, f"{level}-seed{seed}-{'-'.join(map(str, SIZES.values()))}", "generated", ()), build
+    )
+
+  def read():
+    whole = read_tree(folder / level, size, max_bad)
     order = np.random.RandomState(0).permutation(len(whole.labels))
-    edges = [int(share * len(order)) for share in _SHARES]
-  return {name: whole.take(rows) for name, rows in zip(SIZES, np.split(order, edges), strict=True)}
+    parts = np.split(order, [int(share * len(order)) for share in _SHARES])
+    return {split: whole.take(rows) for split, rows in zip(SIZES, parts, strict=True)}
+
+  files = sorted((folder / level).glob("metadata/*.npy"))
+  return read() if max_bad else cache.load(cache.entry(name, level, str(folder.resolve()), files), read)
 
 
 def _generate_all(size, contour_length, seed):
@@ -231,7 +243,7 @@ def read_tree(folder: str | pathlib.Path, size: int, max_bad: int = 0) -> Split:
           f"lra_release.gz again, or allow more than max_bad={max_bad} bad pictures to be left out"
         ) from error
       good[index] = False
-      print(f"warning: {folder / name} left out ({errors.first_line(error)})", file=sys.stderr, flush=True)
+      cache.warn(f"{folder / name} left out ({errors.first_line(error)})")
   if not good.any():
     raise errors.UserError(f"{folder}: its metadata name no readable picture; unpack lra_release.gz again")
   labels = np.array([label for _, label in samples], np.int32)

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import text
+from lra_jax.data import cache, text
 from lra_jax.data.sources import Split
 
 CLASS_NAMES = ("unrelated", "related")
@@ -45,7 +45,9 @@ def load(data_dir: str | None, max_length: int = 4000) -> dict[str, Split]:
       "Long Range Arena there, which are no longer offered for download: copy them from an older lra_release.gz "
       "(folder tsv_data) and set --config.task.data_dir to the folder above"
     )
-  return {split: read_tsv(folder / name, max_length) for split, name in _FILES.items()}
+  build = lambda: {split: read_tsv(folder / name, max_length) for split, name in _FILES.items()}
+  files = [folder / name for name in _FILES.values()]
+  return cache.load(cache.entry("retrieval", f"length{max_length}", str(folder.resolve()), files), build)
 
 
 def read_tsv(path: str | pathlib.Path, max_length: int) -> Split:

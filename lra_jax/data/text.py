@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lra_jax import errors
+from lra_jax.data import cache
 from lra_jax.data.sources import Split
 
 VOCAB_SIZE = 257  # 256 bytes, and 0 for padding
@@ -52,6 +53,14 @@ def load(data_dir: str | None = None, max_length: int = 4096, validation: str | 
         f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
         "network, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it"
       ) from error
+  files = sorted(pathlib.Path(builder.data_path).glob("*array_record*"))
+  entry = cache.entry("text", f"length{max_length}", str(builder.data_path), files)
+  splits = cache.load(entry, lambda: _read(builder, max_length))
+  return splits | {"validation": splits["test"]} if validation else splits
+
+
+def _read(builder, max_length):
+  where = f"imdb_reviews in {builder.data_dir}"
   splits = {}
   for name in ("train", "test"):
     try:
@@ -70,8 +79,6 @@ def load(data_dir: str | None = None, max_length: int = 4096, validation: str | 
         "folder so that it is prepared anew"
       )
     splits[name] = Split(inputs, labels, lengths)
-  if validation == "test":
-    splits["validation"] = splits["test"]
   return splits
 
 

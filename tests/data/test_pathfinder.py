@@ -16,6 +16,14 @@ from lra_jax.data import pathfinder
 COUNT = {32: 300, 128: 60}
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+  """Nothing is read that another test or the user has cached."""
+  folder = tmp_path_factory.mktemp("cache")
+  monkeypatch.setenv("LRA_JAX_CACHE", str(folder))
+  return folder
+
+
 @pytest.fixture(scope="module", params=[(32, 14), (32, 6), (128, 14)], ids=str)
 def drawn(request):
   size, contour_length = request.param
@@ -166,16 +174,16 @@ def test_both_labels_have_the_same_statistics():
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_an_example_is_a_function_of_seed_and_index(size, monkeypatch):
-  whole = pathfinder.generate(30, size, seed=3)
-  assert whole.inputs.shape == (30, size, size, 1) and whole.inputs.dtype == np.uint8 and whole.lengths is None
+  whole = pathfinder.generate(12, size, seed=3)
+  assert whole.inputs.shape == (12, size, size, 1) and whole.inputs.dtype == np.uint8 and whole.lengths is None
   assert whole.labels.dtype == np.int32
   monkeypatch.setattr(pathfinder, "_BLOCK", 7)  # trials at once, too
-  pieces = [pathfinder.generate(10, size, 3, first) for first in (0, 10, 20)]
+  pieces = [pathfinder.generate(4, size, 3, first) for first in (0, 4, 8)]
   np.testing.assert_array_equal(np.concatenate([piece.inputs for piece in pieces]), whole.inputs)
   np.testing.assert_array_equal(np.concatenate([piece.labels for piece in pieces]), whole.labels)
-  other = pathfinder.generate(30, size, seed=4)
+  other = pathfinder.generate(12, size, seed=4)
   assert not {image.tobytes() for image in whole.inputs} & {image.tobytes() for image in other.inputs}
-  assert len({image.tobytes() for image in whole.inputs}) == 30
+  assert len({image.tobytes() for image in whole.inputs}) == 12
   # Recorded: a change here silently changes the data set.
   scenes = pathfinder.draw_scenes(np.arange(4), 0, pathfinder.drawing(size))
   assert [scenes.drawn.sum().item(), *scenes.labels.tolist()] == RECORDED[size][0]
@@ -207,6 +215,7 @@ def test_load_generates_the_same_in_one_process_and_in_several(monkeypatch, tmp_
   assert len({image.tobytes() for split in one.values() for image in split.inputs}) == 60
   monkeypatch.setattr(pathfinder, "_PART", 25)
   monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+  monkeypatch.setenv("LRA_JAX_CACHE", str(tmp_path / "another"))
   several = pathfinder.load(str(tmp_path))
   for name in one:
     np.testing.assert_array_equal(one[name].inputs, several[name].inputs)
@@ -240,7 +249,7 @@ def test_published_pictures_are_read(tree, tmp_path):
   assert {name: len(part.labels) for name, part in splits.items()} == {"train": 80, "validation": 10, "test": 10}
   key = lambda part: [(image.tobytes(), label) for image, label in zip(part.inputs, part.labels, strict=True)]
   assert sorted(itertools.chain(*map(key, splits.values()))) == sorted(key(split))
-  again = pathfinder.load(str(tmp_path), seed=5)
+  again = pathfinder.load(str(tmp_path), seed=5, max_bad=1)  # not from the cache
   assert [key(part) for part in again.values()] == [key(part) for part in splits.values()]
 
 
@@ -332,4 +341,16 @@ def test_other_bad_trees_are_named(tree, tmp_path):
     pathfinder.load(str(tmp_path))
   shutil.rmtree(folder / "metadata")
   with pytest.raises(errors.UserError, match=r"curv_contour_length_14: no metadata"):
+    pathfinder.load(str(tmp_path))
+
+
+def test_second_start_reads_the_cache(tree, tmp_path, monkeypatch):
+  folder, _ = tree
+  first = pathfinder.load(str(tmp_path))
+  monkeypatch.setattr(pathfinder, "read_tree", None)
+  for name, split in pathfinder.load(str(tmp_path)).items():
+    np.testing.assert_array_equal(split.inputs, first[name].inputs)
+    np.testing.assert_array_equal(split.labels, first[name].labels)
+  (folder / "metadata/0.npy").write_text("")  # another source
+  with pytest.raises(TypeError, match="NoneType"):
     pathfinder.load(str(tmp_path))

@@ -16,6 +16,14 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+  """Nothing is read that another test or the user has cached."""
+  folder = tmp_path_factory.mktemp("cache")
+  monkeypatch.setenv("LRA_JAX_CACHE", str(folder))
+  return folder
+
+
 def lines(rows, end=b"\n"):
   return b"".join(
     b"\t".join([label, b"P00-%d" % number, b"W01-1", first, second]) + end

@@ -25,6 +25,14 @@ REVIEWS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+  """Nothing is read that another test or the user has cached."""
+  folder = tmp_path_factory.mktemp("cache")
+  monkeypatch.setenv("LRA_JAX_CACHE", str(folder))
+  return folder
+
+
 def test_bytes_are_tokens():
   texts = ["é!".encode(), b"", bytes(range(256)), b"abcdef" * 100]
   ids, lengths = text.encode(texts, 300)

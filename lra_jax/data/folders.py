@@ -230,7 +230,7 @@ def decode(files: list[tuple[str, int]], size: int, channels: int = 3) -> tuple[
     return failed
 
   failed = {}
-  with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for part in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
       failed |= part
   labels = np.array([label for _, label in files], np.int32)

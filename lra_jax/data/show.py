@@ -22,11 +22,6 @@ from lra_jax.data.sources import Split
 DEFAULT_CONFIG = "configs/vit.py"  # reads every image task
 CELL = 112  # pixels of the sheet for one image, at least
 
-_OUT = flags.DEFINE_string("out", "sheet.png", "PNG file to write.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the choice of examples and of the draws.")
-_EXAMPLES = flags.DEFINE_integer("examples", 8, "Rows of the sheet, or texts.", lower_bound=1)
-_DRAWS = flags.DEFINE_integer("draws", 8, "Augmented draws of each example.", lower_bound=1)
-
 
 def draws(
   task: tasks.Task, examples: Split, config: ml_collections.ConfigDict, count: int, seed: int
@@ -44,7 +39,6 @@ def draws(
     Images (count, B, H, W, C) uint8 and class probabilities (count, B, S) float32, without label smoothing.
   """
   import jax
-  import jax.numpy as jnp
 
   from lra_jax.data import augment
 
@@ -59,16 +53,24 @@ def draws(
 
   root = jax.random.key(seed)
   seen, targets = zip(*(jax.device_get(draw(jax.random.fold_in(root, i))) for i in range(count)), strict=True)
-  return images_of(np.stack(seen), task), np.stack(targets).astype(jnp.float32)
+  return images_of(np.stack(seen), task), np.stack(targets)
 
 
 def images_of(seen: np.ndarray, task: tasks.Task) -> np.ndarray:
-  """The inverse of normalisation and `augment.view`, rounded: (…, B, H, W, C) uint8 of what a model reads."""
+  """The inverse of normalisation and `augment.view`, rounded.
+
+  Args:
+    seen: (count, B, …), what a model reads of `count` batches.
+    task: of the model.
+
+  Returns:
+    (count, B, H, W, C) uint8.
+  """
   height, width, channels = task.image_shape
   if task.view != "image":
-    pixels = seen.reshape(-1, height * width, channels).astype(np.float32)
+    pixels = seen.reshape(*seen.shape[:2], height * width, channels).astype(np.float32)
     if task.permutation is not None:
-      pixels = pixels[:, np.argsort(task.permutation)]
+      pixels = pixels[:, :, np.argsort(task.permutation)]
     seen = pixels.reshape(*seen.shape[:2], height, width, channels)
   return np.clip(np.round((seen * np.array(task.std) + np.array(task.mean)) * 255), 0, 255).astype(np.uint8)
 
@@ -129,13 +131,15 @@ def _save(picture, path):
     ) from error
 
 
-def _decoder(task: tasks.Task) -> Callable[[np.ndarray], str]:
-  return listops.decode if task.name.startswith("listops") else text.decode
-
-
 def print_texts(task: tasks.Task, examples: Split, say: Callable[[str], None]) -> None:
-  """Says class and text of each example, a pair's texts one below the other; cut after 1,000 characters."""
-  decode = _decoder(task)
+  """Says class and text of each example, a pair's texts one below the other; cut after 1,000 characters.
+
+  Args:
+    task: whose examples are tokens: of listops, or bytes.
+    examples: to be said.
+    say: takes a line.
+  """
+  decode = listops.decode if task.name.startswith("listops") else text.decode
   for tokens, number in zip(examples.inputs, examples.labels, strict=True):
     say(f"--- {task.class_names[number]}")
     for row in np.atleast_2d(tokens):
@@ -160,10 +164,17 @@ def _with_config(argv: list[str], task: str) -> list[str]:
 
 def main() -> None:
   """Parses the command line, draws and writes, or prints."""
+  # Here and not above, so that a process that imports other tools besides can import this one.
+  out = flags.DEFINE_string("out", "sheet.png", "PNG file to write.")
+  seed = flags.DEFINE_integer("seed", 0, "Of the choice of examples and of the draws.")
+  rows = flags.DEFINE_integer("examples", 8, "Rows of the sheet, or texts.", lower_bound=1)
+  columns = flags.DEFINE_integer("draws", 8, "Augmented draws of each example.", lower_bound=1)
   argv = list(sys.argv)
   if len(argv) < 2 or argv[1].startswith("-"):
     errors.parse_flags(argv, required=())
     raise errors.UserError("no task given; as in `python -m lra_jax.data.show cifar10 --out sheet.png`")
+  from lra_jax.data import batches  # JAX, not needed for what is wrong above
+
   task = tasks.get(argv.pop(1))
   has_images = task.image_shape is not None
   config = None
@@ -174,21 +185,21 @@ def main() -> None:
   else:
     errors.parse_flags(argv, required=())
   train = task.load(config.task.data_dir or None if config else None)["train"]
-  count = min(_EXAMPLES.value, len(train.labels))
-  examples = train.take(np.sort(np.random.RandomState(_SEED.value).choice(len(train.labels), count, replace=False)))
+  count = min(rows.value, len(train.labels))
+  examples = train.take(np.sort(np.random.RandomState(seed.value).choice(len(train.labels), count, replace=False)))
   if not has_images:
     print_texts(task, examples, print)
     return
-  drawn, targets = draws(task, examples, config, _DRAWS.value, _SEED.value)
+  drawn, targets = draws(task, examples, config, columns.value, seed.value)
   labels = [
     [task.class_names[number], *(label(column[i], task.class_names) for column in targets)]
     for i, number in enumerate(examples.labels)
   ]
-  settings = {name: value for name, value in config.augment.to_dict().items() if value}
-  settings |= {name: config.train[name] for name in ("mixup", "cutmix") if config.train[name]}
-  title = f"{task.name}: " + ", ".join(f"{name}={value}" for name, value in settings.items())
-  _save(sheet(examples.inputs, drawn, labels, title), _OUT.value)
-  print(f"{_OUT.value}: {count} training examples of {task.name}, the original and {_DRAWS.value} draws of each")
+  groups = (config.augment, batches.AUGMENTATION), (config.train, ("mixup", "cutmix"))
+  settings = [f"{name}={group[name]}" for group, names in groups for name in names if group[name]]
+  title = f"{task.name}: {', '.join(settings) or 'nothing is augmented'}"
+  _save(sheet(examples.inputs, drawn, labels, title), out.value)
+  print(f"{out.value}: {count} training examples of {task.name}, the original and {columns.value} draws of each")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Where bytes come from: scikit-learn's digits inside its package, and TensorFlow Datasets without TensorFlow."""
 
+import concurrent.futures
+import gzip
 import io
 import os
 import pathlib
 import tarfile
 import urllib.request
-from typing import NamedTuple
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,12 +75,92 @@ def cifar10(data_dir: str | None = None) -> dict[str, Split]:
   Raises:
     UserError: the data are not there and cannot be prepared, or cannot be read.
   """
-  return _tfds(_cifar10_builder(_tfds_dir(data_dir)), ("train", "test"))
+  return _tfds(data_dir, _cifar("Cifar10"), _TRAIN_TEST)
 
 
 def cifar10_grey(data_dir: str | None = None) -> dict[str, Split]:
   """CIFAR-10 in 256 grey levels, images (N, 32, 32, 1), as the Long Range Arena makes them; else as `cifar10`."""
   return {name: split._replace(inputs=grey(split.inputs)) for name, split in cifar10(data_dir).items()}
+
+
+def cifar100(data_dir: str | None = None, labels: str = "fine") -> dict[str, Split]:
+  """CIFAR-100 (Krizhevsky 2009): as `cifar10`, with 100 classes ("fine"), or their 20 superclasses ("coarse").
+
+  Raises:
+    ValueError: other labels.
+    UserError: as of `cifar10`.
+  """
+  if labels not in ("fine", "coarse"):
+    raise ValueError(f"labels={labels!r}, expected 'fine' or 'coarse'")
+  key = {"fine": "label", "coarse": "coarse_label"}[labels]
+  return _tfds(data_dir, _cifar("Cifar100"), _TRAIN_TEST, label=key)
+
+
+def mnist(data_dir: str | None = None) -> dict[str, Split]:
+  """MNIST (LeCun et al. 1998): 60,000 and 10,000 handwritten digits, images (N, 28, 28, 1); else as `cifar10`."""
+  return _tfds(data_dir, _mnist("MNIST"), _TRAIN_TEST)
+
+
+def fashion_mnist(data_dir: str | None = None) -> dict[str, Split]:
+  """Fashion-MNIST (Xiao et al. 2017): pictures of clothes in the format and the numbers of `mnist`."""
+  return _tfds(data_dir, _mnist("FashionMNIST"), _TRAIN_TEST)
+
+
+def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int = 0) -> dict[str, Split]:
+  """Tiny ImageNet (Stanford CS231n, 2015): 200 classes, 100,000 and 10,000 images of 64 × 64 px, greyscale as RGB.
+
+  Read from the original layout where `data_dir`, or tiny-imagenet-200 in it, has wnids.txt (`folders.tiny_imagenet`),
+  else through TFDS, where the published archive is downloaded and prepared first. The official validation images are
+  the test split: labels of the official test images are not public.
+
+  Args:
+    data_dir: as of `cifar10`, or a folder of the original layout.
+    size: of the images in pixels, other than 64 by `pictures.resize_and_crop`.
+    max_corrupt: how many images of the original layout may be skipped because they cannot be read.
+
+  Returns:
+    Splits "train" and "test", images (N, size, size, 3).
+
+  Raises:
+    UserError: as of `cifar10` and of `folders.tiny_imagenet`.
+  """
+  from lra_jax.data import folders
+
+  root = _tfds_dir(data_dir)
+  for path in (root, root / "tiny-imagenet-200"):
+    if (path / "wnids.txt").is_file():
+      return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
+  return _tfds(data_dir, _tiny_imagenet, {"train": "train", "test": "validation"}, size=size)
+
+
+def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int = 160) -> dict[str, Split]:
+  """Imagenette (Howard 2019), ten classes of ImageNet, 9,469 and 3,925 images in its second version.
+
+  Args:
+    data_dir: as of `cifar10`; here the data must have been prepared, for which TFDS needs TensorFlow.
+    variant: TFDS's "160px-v2", "320px-v2" (shorter side) or "full-size-v2".
+    size: of the images in pixels, by `pictures.resize_and_crop`.
+
+  Returns:
+    Splits "train" and "test", the latter the official validation split; images (N, size, size, 3).
+
+  Raises:
+    UserError: another variant, or the data are not there or cannot be read; it says how to prepare them.
+  """
+  errors.check_known("variant of imagenette:", variant, ("160px-v2", "320px-v2", "full-size-v2"))
+  splits = {"train": "train", "test": "validation"}
+  return _tfds(data_dir, _prepared_by_user(f"imagenette/{variant}"), splits, size=size)
+
+
+def imagenet2012(data_dir: str | None = None, size: int = 224) -> dict[str, Split]:
+  """ImageNet (ILSVRC 2012; Russakovsky et al. 2015), 1,281,167 and 50,000 images of 1,000 classes, in memory.
+
+  All images of 224 px take 200 GB; this serves small ones, such as 32 px with 4 GB.
+
+  Arguments, result and errors as of `imagenette`; TFDS prepares the data from two archives that the user downloads.
+  """
+  splits = {"train": "train", "test": "validation"}
+  return _tfds(data_dir, _prepared_by_user("imagenet2012", _IMAGENET_ARCHIVES), splits, size=size)
 
 
 def grey(x_NHWC: np.ndarray) -> np.ndarray:
@@ -93,68 +177,268 @@ def _tfds_dir(data_dir):
   return pathlib.Path(data_dir or default).expanduser()
 
 
-def _cifar10_builder(data_dir):
+def _cifar(name):
+  """Builder of "Cifar10" or "Cifar100" from the TFDS folder."""
   import tensorflow_datasets as tfds
 
-  class Cifar10(tfds.image_classification.Cifar10, skip_registration=True):
+  original = getattr(tfds.image_classification, name)
+
+  class Cifar(original, skip_registration=True):
     """TFDS's builder without TensorFlow, which its own needs for unpacking, opening files and PNG encoding."""
 
-    url_infos = tfds.image_classification.Cifar10.url_infos  # size and checksum of the archive
+    name = original.name
+    url_infos = original.url_infos  # size and checksum of the archive
 
     def _split_generators(self, dl_manager):
       info = self._cifar_info
       archive = dl_manager.download(info.url)
       with tarfile.open(archive) as tar:
-        names = tar.extractfile(info.prefix + info.label_files[0]).read().decode().split()
-      self.info.features["label"].names = names
+        for key, file in zip(info.label_keys, info.label_files, strict=True):
+          self.info.features[key].names = tar.extractfile(info.prefix + file).read().decode().split()
       return {
-        "train": self._generate_examples("train_", (archive, info.prefix, info.train_files)),
-        "test": self._generate_examples("test_", (archive, info.prefix, info.test_files)),
+        "train": self._generate_examples("train_", (archive, info.train_files)),
+        "test": self._generate_examples("test_", (archive, info.test_files)),
       }
 
     def _generate_examples(self, split_prefix, filepaths):
-      archive, prefix, names = filepaths
+      archive, names = filepaths
+      keys = self._cifar_info.label_keys
       index = 0
       with tarfile.open(archive) as tar:
         for name in names:
-          content = tar.extractfile(prefix + name).read()
-          for record in np.frombuffer(content, np.uint8).reshape(-1, 1 + 3072):  # label, then red, green, blue planes
-            image = record[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-            yield index, {"id": f"{split_prefix}{index:05d}", "label": record[0], "image": _png(image)}
+          content = tar.extractfile(self._cifar_info.prefix + name).read()
+          for record in np.frombuffer(content, np.uint8).reshape(-1, len(keys) + 3072):
+            image = record[len(keys) :].reshape(3, 32, 32).transpose(1, 2, 0)  # red, green and blue planes
+            labels = dict(zip(keys, record, strict=False))  # the first bytes
+            yield index, labels | {"id": f"{split_prefix}{index:05d}", "image": _png(image)}
             index += 1
 
-  return Cifar10(data_dir=data_dir, file_format="array_record")
+  return lambda data_dir: Cifar(data_dir=data_dir, file_format="array_record")
 
 
-def _tfds(builder, splits):
-  """Reads splits of a builder into memory, preparing them first where they are not there."""
+def _mnist(name):
+  """Builder of "MNIST" or "FashionMNIST" from the TFDS folder."""
   import tensorflow_datasets as tfds
 
-  where = f"{builder.name} in {builder.data_dir}"
+  original = getattr(tfds.image_classification, name)
+
+  class Mnist(original, skip_registration=True):
+    """TFDS's builder without TensorFlow, which its own needs for unpacking, opening files and PNG encoding."""
+
+    name = original.name
+    url_infos = original.url_infos
+
+    def _split_generators(self, dl_manager):
+      files = {"train": "train", "test": "t10k"}
+      urls = {
+        split: [f"{self.URL}{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+        for split, prefix in files.items()
+      }
+      return {split: self._generate_examples(*paths) for split, paths in dl_manager.download(urls).items()}
+
+    def _generate_examples(self, images_path, labels_path):
+      images, labels = _read_idx(images_path), _read_idx(labels_path)
+      for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield index, {"image": _png(image), "label": label}
+
+  return lambda data_dir: Mnist(data_dir=data_dir, file_format="array_record")
+
+
+def _read_idx(path):
+  """Array from a packed IDX file: 0, 0, 8 for uint8, the number of axes, their sizes in 32 bits, the values."""
+  with gzip.open(path) as file:
+    content = file.read()
+  axes = content[3]
+  if content[:3] != b"\0\0\x08":
+    raise ValueError(f"{os.path.basename(path)} is no IDX file of bytes")
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">u4", axes, offset=4))
+
+
+# Of the archive at Stanford, which publishes no checksum; this one is what those who downloaded it have recorded.
+_TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_TINY_IMAGENET_BYTES = 248_100_043
+_TINY_IMAGENET_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
+
+
+def _tiny_imagenet(data_dir):
+  import tensorflow_datasets as tfds
+
+  from lra_jax.data import folders
+
+  class TinyImagenet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Reads the archive in place, so no path in it becomes a file; pictures stay the JPEG files that they are."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {  # noqa: RUF012 (TFDS's own attribute)
+      _TINY_IMAGENET_URL: tfds.download.checksums.UrlInfo(
+        tfds.core.utils.Size(_TINY_IMAGENET_BYTES), _TINY_IMAGENET_SHA256, "tiny-imagenet-200.zip"
+      )
+    }
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+        builder=self,
+        description="Tiny ImageNet: 200 classes of ImageNet at 64 × 64 px, 500 images to train on and 50 to validate.",
+        features=tfds.features.FeaturesDict(
+          {
+            "id": tfds.features.Text(),  # name of the file
+            "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=200),
+          }
+        ),
+        supervised_keys=("image", "label"),
+        homepage="http://cs231n.stanford.edu",
+      )
+
+    def _split_generators(self, dl_manager):
+      archive = dl_manager.download(_TINY_IMAGENET_URL)
+      with zipfile.ZipFile(archive) as file:
+        text = lambda name: file.read(f"tiny-imagenet-200/{name}").decode()
+        wnids, names = folders.tiny_imagenet_classes(text("wnids.txt"), text("words.txt"), archive)
+        labels = folders.tiny_imagenet_labels(text("val/val_annotations.txt"), wnids, archive)
+        members = sorted(file.namelist())
+      self.info.features["label"].names = [f"{wnid} {name}" for wnid, name in zip(wnids, names, strict=True)]
+      numbers = {wnid: label for label, wnid in enumerate(wnids)}
+      train = {}
+      for member in members:
+        match member.split("/"):
+          case ["tiny-imagenet-200", "train", wnid, "images", name] if name and wnid in numbers:
+            train[member] = numbers[wnid]
+      validation = {f"tiny-imagenet-200/val/images/{name}": label for name, label in sorted(labels.items())}
+      return {
+        "train": self._generate_examples(archive, train),
+        "validation": self._generate_examples(archive, validation),
+      }
+
+    def _generate_examples(self, archive, labels):
+      with zipfile.ZipFile(archive) as file:
+        for member, label in labels.items():
+          name = os.path.basename(member)
+          yield name, {"id": name, "image": io.BytesIO(file.read(member)), "label": label}
+
+  return TinyImagenet(data_dir=data_dir, file_format="array_record")
+
+
+_IMAGENET_ARCHIVES = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org/download-images"
+
+
+def _prepared_by_user(name, archives=None):
+  """Builder of a data set that TFDS can prepare with TensorFlow alone; where that is not done, it says how to."""
+
+  def make(data_dir):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+      put = f"put {archives} into {data_dir}/downloads/manual, and " if archives else ""
+      manual = f" --manual_dir={data_dir}/downloads/manual" if archives else ""
+      raise errors.UserError(
+        f"{name} in {data_dir}: not prepared there; set TFDS_DATA_DIR or --config.task.data_dir to a folder that has "
+        f"it, or {put}run once, in an environment with `pip install tensorflow tensorflow-datasets array-record` "
+        f"(TensorFlow prepares, training does not need it): `tfds build {name} --data_dir={data_dir}{manual} "
+        f"--file_format=array_record`; {TRY_DIGITS}"
+      )
+    return builder
+
+  return make
+
+
+_TRAIN_TEST = {"train": "train", "test": "test"}
+
+
+def _tfds(
+  data_dir: str | None,
+  make: Callable[[pathlib.Path], Any],  # a tfds.core.DatasetBuilder; its package is not imported before it is needed
+  splits: dict[str, str],
+  label: str = "label",
+  size: int | None = None,
+) -> dict[str, Split]:
+  """Reads splits of a builder into memory or from the cache, preparing them first where they are not there.
+
+  Args:
+    data_dir: the TFDS folder, as of `cifar10`.
+    make: gives the builder of that folder.
+    splits: TFDS's names of ours.
+    label: feature that is the label.
+    size: of the images in pixels; None where all have one size.
+  """
+  from lra_jax.data import cache
+
+  root = _tfds_dir(data_dir)
+  try:
+    builder = make(root)
+  except errors.UserError:
+    raise
+  except Exception as error:  # such as: prepared in another format
+    raise errors.UserError(
+      f"{root}: the data set there cannot be opened ({errors.first_line(error)}); it must be prepared as array_record: "
+      f"remove its folder, so that it is prepared anew; {TRY_DIGITS}"
+    ) from error
+  where = f"{builder.name} in {root}"
   if not builder.is_prepared():
-    try:
-      for url in builder.url_infos:  # TFDS itself tries for minutes where there is no network
+    _prepare(builder, where)
+  infos = builder.info.splits
+  for split in splits.values():
+    if split not in infos:
+      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
+  files = [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
+  variant = f"{builder.version}-{label}" + (f"-{size}px" if size else "")
+  entry = cache.entry(builder.info.full_name, variant, os.path.abspath(builder.data_path), files)
+  return cache.load(entry, lambda: {ours: _read(builder, name, label, size, where) for ours, name in splits.items()})
+
+
+def _prepare(builder, where):
+  import tensorflow_datasets as tfds
+
+  manual = pathlib.Path(builder.data_dir_root, "downloads", "manual")
+  try:
+    for url, info in builder.url_infos.items():
+      if not (manual / info.filename).is_file():  # TFDS itself tries for minutes where there is no network
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except Exception as error:  # TFDS and what it calls raise dozens of types
-      raise errors.UserError(
-        f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
-        f"network, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it; {TRY_DIGITS}"
-      ) from error
-  result = {}
-  for split in splits:
-    try:
-      source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-      examples = source.__getitems__(list(range(len(source))))
-      inputs = np.stack([_decode(example["image"]) for example in examples])
-      labels = np.array([example["label"] for example in examples], np.int32)
-    except Exception as error:
-      raise errors.UserError(
-        f"{where}: split {split!r} cannot be read ({errors.first_line(error)}); remove the folder so that it is "
-        f"prepared anew (as array_record); {TRY_DIGITS}"
-      ) from error
-    result[split] = Split(inputs, labels)
-  return result
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+  except Exception as error:  # TFDS and what it calls raise dozens of types
+    archives = " and ".join(builder.url_infos)
+    raise errors.UserError(
+      f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
+      f"network, or put {archives} into {manual}, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has "
+      f"it; {TRY_DIGITS}"
+    ) from error
+
+
+_RECORDS = 1024  # read at a time
+
+
+def _read(builder, split, label, size, where):
+  """A split whole, decoded in threads, in the order of TFDS."""
+  import tensorflow_datasets as tfds
+
+  from lra_jax.data import pictures
+
+  channels = builder.info.features["image"].shape[-1]
+  try:
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    height, width = (size, size) if size else builder.info.features["image"].shape[:2]
+    images = np.empty((len(source), height, width, channels), np.uint8)
+    labels = np.empty(len(source), np.int32)
+
+    def decode(index, content):
+      image = pictures.decode(content, f"example {index}", channels)
+      images[index] = pictures.resize_and_crop(image, size) if size else image
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      for start in range(0, len(source), _RECORDS):
+        indices = range(start, min(start + _RECORDS, len(source)))
+        examples = source.__getitems__(list(indices))
+        labels[indices] = [example[label] for example in examples]
+        list(pool.map(decode, indices, [example["image"] for example in examples]))
+  except MemoryError:
+    raise
+  except Exception as error:
+    raise errors.UserError(
+      f"{where}: split {split!r} cannot be read ({errors.first_line(error)}); remove the folder so that it is "
+      f"prepared anew (as array_record); {TRY_DIGITS}"
+    ) from error
+  return Split(images, labels)
 
 
 def _png(image):
@@ -164,9 +448,3 @@ def _png(image):
   Image.fromarray(image).save(buffer, format="png")
   buffer.seek(0)
   return buffer
-
-
-def _decode(encoded):
-  from PIL import Image
-
-  return np.asarray(Image.open(io.BytesIO(encoded)))

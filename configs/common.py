@@ -25,12 +25,16 @@ def parse(argument: str | None, tasks: tuple[str, ...], **options: tuple[str, ..
   task, values = tasks[0], dict.fromkeys(options, "")
   for index, part in enumerate(filter(None, (argument or "").split(","))):
     name, equals, value = part.partition("=")
-    if equals:
+    if index == 0 and part.startswith("folder:") and FOLDER in tasks:
+      task = part
+    elif equals:
       _check("option", name, options)
       _check(f"{name} =", value, options[name])
       values[name] = value
     elif index == 0:
       _check("task", name, tasks)
+      if name == FOLDER:
+        raise ValueError(f"task {name!r} stands for a folder of pictures; name it, as in folder:/data/birds")
       task = name
     else:
       raise ValueError(f"{part!r} after the colon: options are written name=value; known options: {', '.join(options)}")
@@ -44,17 +48,22 @@ def _check(what, name, known):
     raise ValueError(f"{what} {name!r} does not exist here; {meant}known: {', '.join(known)}")
 
 
-# Every view of the data sets that issue from CIFAR-10 and from scikit-learn's digits; see lra_jax/data/tasks.py.
-IMAGE_TASKS = ("cifar10", "digits")
+FOLDER = "folder:PATH"  # pictures of one's own
+# All tasks of lra_jax/data/tasks.py, by what a model must be able to read.
+SMALL_IMAGE_TASKS = ("cifar10", "cifar100", "cifar100_coarse", "mnist", "fashion_mnist")
+LARGE_IMAGE_TASKS = ("tiny_imagenet", "imagenette", "imagenette_320", "imagenette_full", "imagenet2012", FOLDER)
+IMAGE_TASKS = (*SMALL_IMAGE_TASKS, *LARGE_IMAGE_TASKS, "digits")
 SEQUENCE_TASKS = (
-  "cifar10_sequence", "cifar10_permuted", "lra_image", "lra_image_real", "digits_sequence", "digits_permuted",
-  "digits_tokens",
+  "cifar10_sequence", "cifar10_permuted", "mnist_sequence", "mnist_permuted", "fashion_mnist_sequence",
+  "fashion_mnist_permuted", "lra_image", "lra_image_real", "pathfinder", "pathfinder_real", "path_x", "path_x_real",
+  "digits_sequence", "digits_permuted", "digits_tokens",
 )  # fmt: skip
+TEXT_TASKS = ("listops", "text", "retrieval")
 
 
 def tasks_with(default: str) -> tuple[str, ...]:
-  """Every task, for models that can read them all: `default` first, then sequences, then images."""
-  return (default, *(task for task in (*SEQUENCE_TASKS, *IMAGE_TASKS) if task != default))
+  """Every task, for models that can read them all: `default` first, then sequences, texts and images."""
+  return (default, *(task for task in (*SEQUENCE_TASKS, *TEXT_TASKS, *IMAGE_TASKS) if task != default))
 
 
 def start(
@@ -80,11 +89,11 @@ def start(
   c = base(variants[variant], task)
   for name, kind in fields.items():
     c.model[name] = optional(kind)
-  if "patch_size" in fields and task in SEQUENCE_TASKS:
+  if "patch_size" in fields and task in (*SEQUENCE_TASKS, *TEXT_TASKS):
     c.model.patch_size = 1
   if task.startswith("digits"):
     digits_recipe(c)
-  elif task in SEQUENCE_TASKS:
+  elif task in SEQUENCE_TASKS or task in TEXT_TASKS:
     c.eval.batch_size = 250  # divides 5,000 and 10,000; long sequences need memory
   else:
     c.eval.batch_size = 1000
@@ -163,8 +172,14 @@ def base(model: str, task: str) -> ConfigDict:
   c.task = ConfigDict()
   c.task.name = task
   c.task.data_dir = ""  # TFDS folder; "" for $TFDS_DATA_DIR or ~/tensorflow_datasets. Not part of a run's identity
-  c.task.validation_fraction = 0.1  # share of the training examples, by class or, in LRA Image, the last ones
+  c.task.validation_fraction = 0.1  # share of the training examples, by class or, in LRA Image, the last ones; not
+  # used where the data have a validation split
   c.task.split_seed = 0  # which examples these are; apart from `seed`, so that seeds can be compared
+
+  c.task.length = 0  # tokens of one text, the rest is cut off; of text (4096) and retrieval (4000); 0 for these
+  c.task.image_size = 0  # pixels of each side that stored images are brought to; 0 for the task's own
+  c.task.max_corrupt = 0  # pictures that may be left out because they cannot be read; each is named
+  c.task.quirks = ()  # of the benchmark's published runs; see QUIRKS in lra_jax/data/tasks.py
 
   c.train = ConfigDict()
   c.train.batch_size = 64  # examples per optimizer step, over all devices

@@ -9,7 +9,7 @@ The paper trains on ImageNet with DeiT's recipe; for CIFAR-10 `configs.common.sm
 
 from configs import common
 
-TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS)
+TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS, *common.TEXT_TASKS)
 VARIANTS = {name: f"gmlp_{name}" for name in ("tiny32", "ti16", "s16", "b16", "digits")}
 
 

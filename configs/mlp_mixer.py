@@ -10,7 +10,7 @@ warm-up, linear decay, MixUp 0.5, stochastic depth 0.1); for CIFAR-10 `configs.c
 
 from configs import common
 
-TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS)
+TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS, *common.TEXT_TASKS)
 VARIANTS = {name: f"mlp_mixer_{name}" for name in ("tiny32", "s16", "s32", "b16", "b32", "l16", "digits")}
 
 

@@ -11,7 +11,7 @@ ours.
 
 from configs import common
 
-TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS)
+TASKS = (*common.IMAGE_TASKS, *common.SEQUENCE_TASKS, *common.TEXT_TASKS)
 VARIANTS = {name: f"vit_{name}" for name in ("tiny32", "ti16", "s16", "s32", "b16", "digits")}
 
 

@@ -51,7 +51,8 @@ def lra_jax_step():
   shape = (_SIZE.value, _SIZE.value, channels)
   mean, std = ((0.0,), (1 / 255,)) if tokens else ((0.5,) * channels, (0.25,) * channels)
   view = "tokens" if tokens else "image"
-  task = tasks.Task("synthetic", shape, tuple(map(str, range(CLASSES))), mean, std, dict, view)
+  vocab_size = 256 if tokens else None
+  task = tasks.Task("synthetic", shape, tuple(map(str, range(CLASSES))), mean, std, dict, view, vocab_size=vocab_size)
   mesh = parallel.make_mesh(-1)
   random = np.random.RandomState(0)
   split = sources.Split(

@@ -37,7 +37,7 @@ def _prepare(settings, examples: int, mesh, platform: str):
   from lra_jax import optim, train
   from lra_jax.data import tasks
 
-  task = tasks.get(settings.task.name)
+  task = tasks.of(settings.task)
   plan = train.Plan.make(settings, examples, 1, platform)
   schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = train.init_state(settings, task, schedule)
@@ -68,8 +68,11 @@ def compile_step(settings, examples: int):
   if (lacking := compile.missing()) is not None:
     raise errors.UserError(f"cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
   make, task, state, batch = _prepare(settings, examples, compile.mesh(), "gpu")
+  struct = jax.ShapeDtypeStruct
   data = resident.Resident(
-    jax.ShapeDtypeStruct((examples, *task.image_shape), jnp.uint8), jax.ShapeDtypeStruct((examples,), jnp.int32)
+    struct((examples, *task.stored_shape), task.stored_dtype),
+    struct((examples,), jnp.int32),
+    struct((examples, *task.stored_shape[:-1]), jnp.int32) if task.image_shape is None else None,
   )
   indices = jax.ShapeDtypeStruct((1, batch), jnp.int32)
   program = compile.compile_for_h200(make(), state, data, indices)
@@ -95,8 +98,12 @@ def time_step(settings, examples: int, steps: int):
   whole = parallel.replicated(mesh)
   make, task, state, batch = _prepare(settings, examples, mesh, mesh.devices.flat[0].platform)
   random = np.random.RandomState(0)
-  images = random.randint(0, 256, (examples, *task.image_shape), np.uint8)
-  data = resident.put(sources.Split(images, np.arange(examples, dtype=np.int32) % len(task.class_names)), whole)
+  inputs = random.randint(1, task.vocab_size or 256, (examples, *task.stored_shape), task.stored_dtype)
+  labels = np.arange(examples, dtype=np.int32) % len(task.class_names)
+  lengths = None
+  if task.image_shape is None:
+    lengths = random.randint(1, task.stored_shape[-1] + 1, (examples, *task.stored_shape[:-1]), np.int32)
+  data = resident.put(sources.Split(inputs, labels, lengths), whole)
   indices = jax.device_put(random.randint(0, examples, (1, batch), np.int32), whole)
   with dispatch.recording() as choices:
     traced = make().trace(state, data, indices)

@@ -23,17 +23,20 @@ def main() -> None:
 
   parallel.keep_freed_memory()
   trained = runs.load(_WORKDIR.value, _STEP.value)
-  settings = trained.config.task.to_dict() | ({"data_dir": _DATA_DIR.value} if _DATA_DIR.value else {})
-  splits = tasks.load(**settings)
+  settings = runs.data_settings(trained.config) | ({"data_dir": _DATA_DIR.value} if _DATA_DIR.value else {})
+  splits = tasks.load(trained.task, **settings)
   errors.check_known("--split", _SPLIT.value, splits)
   mesh = parallel.make_mesh(-1)
   graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
   weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}
   call = train.make_eval_call(trained.config, trained.task, graphdef, mesh)
   data = resident.put(splits[_SPLIT.value], parallel.replicated(mesh))
-  values, _, _ = train.evaluate(call, weights, data, trained.config.eval.batch_size, mesh.size)
+  drop_remainder = "drop_remainder" in trained.task.quirks
+  values, predictions, _ = train.evaluate(
+    call, weights, data, trained.config.eval.batch_size, mesh.size, drop_remainder
+  )
   head = {"model": trained.config.model.name, "task": trained.task.name, "split": _SPLIT.value, "step": trained.step}
-  print(json.dumps(head | {"examples": len(data.labels)} | values))
+  print(json.dumps(head | {"examples": len(predictions)} | values))
 
 
 if __name__ == "__main__":

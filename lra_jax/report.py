@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lra_jax import metrics
+from lra_jax.data import tasks
 from lra_jax.data.sources import Split
 
 
@@ -15,9 +16,9 @@ def draw(
   test: Split,
   predictions: np.ndarray,
   confidences: np.ndarray,
-  names: tuple[str, ...],
+  task: tasks.Task,
 ) -> None:
-  """Draws the three pictures of a finished run into its workdir.
+  """Draws the pictures of a finished run into its workdir; of texts, the mistakes are written into mistakes.txt.
 
   Args:
     workdir: has `metrics.jsonl`.
@@ -25,12 +26,40 @@ def draw(
     test: the test split.
     predictions: (N,) class of each test example.
     confidences: (N,) its probability.
-    names: of the S classes.
+    task: of the run.
   """
+  names = task.class_names
+  test = test.take(np.arange(len(predictions)))  # without a remainder that was dropped
   curves(metrics.read(workdir), title, workdir / "curves.png")
   score = f"{title}, test accuracy {np.mean(predictions == test.labels):.2%}"
   confusion(test.labels, predictions, names, score, workdir / "confusion.png")
-  mistakes(test.inputs, test.labels, predictions, confidences, names, title, workdir / "mistakes.png")
+  if task.image_shape is None:
+    text = mistaken_texts(test.inputs, test.labels, predictions, confidences, task)
+    (workdir / "mistakes.txt").write_text(text, encoding="utf-8")
+  else:
+    mistakes(test.inputs, test.labels, predictions, confidences, names, title, workdir / "mistakes.png")
+
+
+def _most_confidently_wrong(labels, predictions, confidences, most):
+  wrong = np.flatnonzero(labels != predictions)
+  return wrong[np.argsort(-confidences[wrong], kind="stable")][:most]
+
+
+def mistaken_texts(
+  tokens: np.ndarray,
+  labels: np.ndarray,
+  predictions: np.ndarray,
+  confidences: np.ndarray,
+  task: tasks.Task,
+  most: int = 24,
+) -> str:
+  """The texts of wrong predictions with the highest probability, most confident first; arguments as of `mistakes`."""
+  parts = [f"{np.count_nonzero(labels != predictions)} of {len(labels)} wrong, most confident first\n"]
+  for index in _most_confidently_wrong(labels, predictions, confidences, most):
+    said = f"{task.class_names[predictions[index]]} {confidences[index]:.0%}"
+    texts = [task.decode(row) for row in np.atleast_2d(tokens[index])]
+    parts.append("\n".join([f"\n--- true {task.class_names[labels[index]]}, said {said}", *texts]) + "\n")
+  return "".join(parts)
 
 
 def _pyplot():
@@ -159,8 +188,7 @@ def mistakes(
     most: how many at most.
   """
   plt = _pyplot()
-  wrong = np.flatnonzero(labels != predictions)
-  wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:most]
+  wrong = _most_confidently_wrong(labels, predictions, confidences, most)
   columns = min(8, max(len(wrong), 5))
   rows = max(1, -(-len(wrong) // columns))
   figure, axes = plt.subplots(

@@ -25,9 +25,8 @@ PACKAGES = ("lra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """runs/<model>-<task>-<hash of the config>: the same command finds the same folder."""
   text = config_lib.to_json(config)
-  return (
-    pathlib.Path("runs") / f"{config.model.name}-{config.task.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-  )
+  task = config.task.name.partition(":")[0]  # of a folder no path
+  return pathlib.Path("runs") / f"{config.model.name}-{task}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
@@ -110,6 +109,26 @@ class Trained(NamedTuple):
   step: int
 
 
+def task_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tasks.Task:
+  """The task of a run. Its class names are those that the first start found: the model's outputs mean them.
+
+  Raises:
+    UserError: as of `tasks.of`.
+  """
+  path = workdir / "class_names.json"
+  if path.is_file():
+    return tasks.of(config.task, tuple(json.loads(path.read_text())))
+  task = tasks.of(config.task)
+  write_atomically(path, json.dumps(task.class_names, indent=1) + "\n")
+  return task
+
+
+def data_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The arguments of `tasks.load` that the config has."""
+  names = ("data_dir", "validation_fraction", "split_seed")
+  return {name: config.task[name] for name in names} | {"seed": config.seed}
+
+
 def create_model(config: ml_collections.ConfigDict, task: tasks.Task) -> nnx.Module:
   """The model of a config, initialised from its seed. Where a field of `config.model` is None the preset's holds."""
   overrides = {k: v for k, v in config.model.to_dict().items() if k != "name" and v is not None}
@@ -140,7 +159,7 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> Trained:
   config = config_lib.from_json((workdir / "config.json").read_text())
   if config.model.get("implementation"):
     config.model.implementation = None  # what served in training, on a GPU say, may not serve here
-  task = tasks.get(config.task.name)
+  task = task_of(config, workdir)
   if not (workdir / "checkpoints").is_dir():
     raise errors.UserError(f"--workdir {workdir} holds no checkpoint yet")
   checkpoints = checkpoint.Checkpoints(workdir)

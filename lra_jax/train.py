@@ -181,15 +181,17 @@ def make_eval_call(config, task, graphdef, mesh):
 
 
 def evaluate(
-  call, weights, data: resident.Resident, batch_size: int, devices: int
+  call, weights, data: resident.Resident, batch_size: int, devices: int, drop_remainder: bool = False
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-  """Runs `call` over a split, every example once.
+  """Runs `call` over a split, every example once; with `drop_remainder` whole batches only.
 
   Returns:
     {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each.
   """
   examples = len(data.labels)
   batch_size = -(-min(batch_size, examples) // devices) * devices
+  if drop_remainder:
+    examples -= examples % batch_size
   outputs = [call(weights, data, *batch) for batch in zip(*resident.eval_batches(examples, batch_size), strict=True)]
   outputs = jax.device_get(outputs)
   totals = functools.reduce(lambda a, b: a.merge(b), (o[0] for o in outputs))
@@ -227,8 +229,8 @@ def _train_and_test(config, workdir, stop, started):
   # What is trained on what.
   mesh = parallel.make_mesh(config.parallel.data)
   whole = parallel.replicated(mesh)
-  task = tasks.get(config.task.name)
-  splits = tasks.load(**config.task.to_dict())
+  task = runs.task_of(config, workdir)
+  splits = tasks.load(task, **runs.data_settings(config))
   data = {name: resident.put(split, whole) for name, split in splits.items()}
   examples = len(splits["train"].labels)
   plan = Plan.make(config, examples, mesh.size, mesh.devices.flat[0].platform)
@@ -284,6 +286,8 @@ def _train_and_test(config, workdir, stop, started):
   loop_start = last_saved = time.perf_counter()
   seconds_before = host["seconds"]
 
+  evaluation = config.eval.batch_size, mesh.size, "drop_remainder" in task.quirks
+
   def weights_of(state):
     return state.get("ema") or {"params": state["params"], "model_state": state["model_state"]}
 
@@ -326,7 +330,7 @@ def _train_and_test(config, workdir, stop, started):
         read_metrics(*pending)
         pending = None
         eval_start = time.perf_counter()
-        values, _, _ = evaluate(eval_call, weights_of(state), data["validation"], config.eval.batch_size, mesh.size)
+        values, _, _ = evaluate(eval_call, weights_of(state), data["validation"], *evaluation)
         host["eval_seconds"] += time.perf_counter() - eval_start
         writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
         progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
@@ -365,7 +369,7 @@ def _train_and_test(config, workdir, stop, started):
         "`python -m lra_jax.evaluate` can use another"
       ) from error
     weights = jax.device_put(weights_of(best.state), whole)
-    test, predictions, confidences = evaluate(eval_call, weights, data["test"], config.eval.batch_size, mesh.size)
+    test, predictions, confidences = evaluate(eval_call, weights, data["test"], *evaluation)
   finally:
     progress.close()
     writer.close()
@@ -392,7 +396,7 @@ def _train_and_test(config, workdir, stop, started):
     "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
   }
   title = f"{config.model.name} on {task.name}, seed {config.seed}"
-  report.draw(workdir, title, splits["test"], predictions, confidences, task.class_names)
+  report.draw(workdir, title, splits["test"], predictions, confidences, task)
   runs.write_atomically(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   print(json.dumps(result, indent=2))
   print(f"test accuracy {test['accuracy']:.2%}, best validation accuracy {host['best_accuracy']:.2%}; all in {workdir}")

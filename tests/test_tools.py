@@ -83,7 +83,7 @@ def test_tools_refuse_what_is_not_there(workdir, refused, tmp_path):
   assert "did you mean 'validation'" in refused("lra_jax.evaluate", "--workdir", workdir, "--split=valid")
   assert "checkpoints are there of steps" in refused("lra_jax.evaluate", "--workdir", workdir, "--step=3")
   assert "--workdir is missing" in refused("lra_jax.evaluate")
-  assert "no image files given" in refused("lra_jax.predict", "--workdir", workdir)
+  assert "no files given" in refused("lra_jax.predict", "--workdir", workdir)
   assert "nothing.png: cannot be read" in refused("lra_jax.predict", "--workdir", workdir, tmp_path / "nothing.png")
 
 

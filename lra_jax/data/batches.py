@@ -60,7 +60,7 @@ def training(
   x_BHWC = augment.augment(augment_key, examples.inputs, config.augment, task)
   mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability, config.train.mix_per
   x_BHWC, targets_BS = augment.mix(mix_key, x_BHWC, targets_BS, *mixing)
-  return (augment.view(x_BHWC, task), {}), targets_BS
+  return _with_mask(augment.view(x_BHWC, task), task), targets_BS
 
 
 def evaluation(
@@ -69,7 +69,11 @@ def evaluation(
   """(x, further keyword arguments) of the model's call, nothing in them random."""
   if task.image_shape is None:
     return tokens(examples)
-  return augment.prepare(examples.inputs, task, config.augment.eval_crop_share), {}
+  return _with_mask(augment.prepare(examples.inputs, task, config.augment.eval_crop_share), task)
+
+
+def _with_mask(x, task):
+  return x, {"mask_BL": x > 0} if "mask_zeros" in task.quirks else {}
 
 
 def tokens(examples: resident.Resident) -> tuple[jax.Array, dict[str, jax.Array]]:

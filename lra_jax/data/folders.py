@@ -64,6 +64,20 @@ def list_files(path: str | os.PathLike) -> Listing:
   return Listing(tuple(classes), files)
 
 
+def class_names(path: str | os.PathLike) -> tuple[str, ...]:
+  """Class names of the folder that `list_files` describes, without looking at its pictures.
+
+  Raises:
+    UserError: train is missing, cannot be read, or has no folders.
+  """
+  train = pathlib.Path(path).expanduser() / "train"
+  _check_folder(train, "one folder for each class")
+  names = _names(train, os.DirEntry.is_dir)
+  if not names:
+    raise errors.UserError(f"{train}: no class folders; expected train/<class>/* with JPEG, PNG or WebP files")
+  return tuple(names)
+
+
 def list_tiny_imagenet(path: str | os.PathLike) -> Listing:
   """Lists Tiny ImageNet (Stanford CS231n, 2015) as its archive is laid out; any subset of its 200 classes will do.
 

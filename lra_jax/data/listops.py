@@ -7,6 +7,7 @@ The ids of the tokens are fixed here; the benchmark's depend on the order of a P
 
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -193,29 +194,54 @@ def _read_file(path):
   labels = np.zeros(len(lines) - 1, np.int32)
   lengths = np.zeros(len(lines) - 1, np.int32)
   for index, line in enumerate(lines[1:]):
-    problem, ids = None, b""
     source, _, target = line.partition(b"\t")
-    if not _SOURCE.fullmatch(source):
-      problem = "is not an expression of digits, [MIN, [MAX, [MED, [SM and ]"
-    elif not re.fullmatch(rb"[0-9]", target):
-      problem = f"has the value {target[:20].decode(errors='replace')!r}, expected 0 to 9"
-    else:
-      for letter, name in zip(b"abcd", OPERATORS, strict=True):
-        source = source.replace(name.encode(), bytes([letter]))
-      ids = source.translate(_TO_IDS, b"() ")
-      tokens = np.frombuffer(ids, np.uint8)
-      if len(ids) > MAX_LENGTH:
-        problem = f"has {len(ids)} tokens, more than {MAX_LENGTH}"
-      else:
-        try:
-          value = evaluate(tokens)
-          problem = None if value == int(target) else f"has the value {int(target)}, but its expression is {value}"
-        except ValueError as error:
-          problem = f"is not an expression ({error})"
-    if problem:
-      raise errors.UserError(f"{path}:{index + 2}: the line {problem}; take the file of lra_release.gz")
-    inputs[index, : len(ids)], labels[index], lengths[index] = tokens, int(target), len(ids)
+    try:
+      tokens, value = _parse(source)
+      if not re.fullmatch(rb"[0-9]", target):
+        raise ValueError(f"has the value {target[:20].decode(errors='replace')!r}, expected 0 to 9")
+      if value != int(target):
+        raise ValueError(f"has the value {int(target)}, but its expression is {value}")
+    except ValueError as error:
+      raise errors.UserError(f"{path}:{index + 2}: the line {error}; take the file of lra_release.gz") from error
+    inputs[index, : len(tokens)], labels[index], lengths[index] = tokens, value, len(tokens)
   return Split(inputs, labels, lengths)
+
+
+def _parse(source):
+  """Tokens and value of an expression as it is written; a ValueError whose text goes on after "the line"."""
+  if not _SOURCE.fullmatch(source):
+    raise ValueError("is not an expression of digits, [MIN, [MAX, [MED, [SM and ]")
+  for letter, name in zip(b"abcd", OPERATORS, strict=True):
+    source = source.replace(name.encode(), bytes([letter]))
+  tokens = np.frombuffer(source.translate(_TO_IDS, b"() "), np.uint8)
+  if len(tokens) > MAX_LENGTH:
+    raise ValueError(f"has {len(tokens)} tokens, more than {MAX_LENGTH}")
+  try:
+    return tokens, evaluate(tokens)
+  except ValueError as error:
+    raise ValueError(f"is not an expression ({error})") from error
+
+
+def encode(texts: Sequence[bytes], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Expressions as they are written, with or without parentheses, to tokens.
+
+  Args:
+    texts: N of them, tokens with blanks between them.
+    max_length: L.
+
+  Returns:
+    (N, L) uint8 ids of `TOKENS`, and the numbers of tokens (N,) int32.
+
+  Raises:
+    ValueError: one is no expression, or has more than L tokens.
+  """
+  ids, lengths = np.zeros((len(texts), max_length), np.uint8), np.zeros(len(texts), np.int32)
+  for row, source in enumerate(texts):
+    tokens, _ = _parse(b" ".join(source.split()))
+    if len(tokens) > max_length:
+      raise ValueError(f"has {len(tokens)} tokens, more than {max_length}")
+    ids[row, : len(tokens)], lengths[row] = tokens, len(tokens)
+  return ids, lengths
 
 
 # The generator: every node of every tree owns 64 random bits, made from its parent's by the mixing function of

@@ -139,7 +139,7 @@ class Scenes(NamedTuple):
 
 
 def load(
-  data_dir: str | None = None, size: int = 32, contour_length: int = 14, seed: int = 0, max_bad: int = 0
+  data_dir: str | None = None, size: int = 32, contour_length: int = 14, seed: int = 0, max_corrupt: int = 0
 ) -> dict[str, Split]:
   """Pathfinder: the published pictures in `data_dir`, or generated ones where it has none.
 
@@ -154,7 +154,7 @@ def load(
     size: 32 (Pathfinder) or 128 (Path-X).
     contour_length: 6 (easy), 9 or, as in the benchmark, 14 (hard).
     seed: of the generator; not used for published pictures.
-    max_bad: as of `read_tree`.
+    max_corrupt: as of `read_tree`.
 
   Returns:
     "train", "validation" and "test": inputs (N, size, size, 1) uint8, labels (N,); complete or generated, 160,000,
@@ -180,13 +180,13 @@ def load(
     )
 
   def read():
-    whole = read_tree(folder / level, size, max_bad)
+    whole = read_tree(folder / level, size, max_corrupt)
     order = np.random.RandomState(0).permutation(len(whole.labels))
     parts = np.split(order, [int(share * len(order)) for share in _SHARES])
     return {split: whole.take(rows) for split, rows in zip(SIZES, parts, strict=True)}
 
   files = sorted((folder / level).glob("metadata/*.npy"))
-  return read() if max_bad else cache.load(cache.entry(name, level, str(folder.resolve()), files), read)
+  return read() if max_corrupt else cache.load(cache.entry(name, level, str(folder.resolve()), files), read)
 
 
 def _generate_all(size, contour_length, seed):
@@ -203,7 +203,7 @@ def _generate_all(size, contour_length, seed):
   return Split(inputs, labels)
 
 
-def read_tree(folder: str | pathlib.Path, size: int, max_bad: int = 0) -> Split:
+def read_tree(folder: str | pathlib.Path, size: int, max_corrupt: int = 0) -> Split:
   """Reads pictures as drewlinsley/pathfinder writes and the Long Range Arena publishes them.
 
   metadata/<number>.npy are, whatever their name says, lines of text: folder ("imgs/<number>"), file
@@ -213,14 +213,14 @@ def read_tree(folder: str | pathlib.Path, size: int, max_bad: int = 0) -> Split:
   Args:
     folder: has metadata and imgs.
     size: H = W that the pictures must have.
-    max_bad: how many pictures may be missing, empty or not readable; they are named on standard error and left out.
+    max_corrupt: how many pictures may be missing, empty or not readable; they are named on standard error and left out.
       The published easy set of 32 px has one, imgs/0/sample_172.png.
 
   Returns:
     inputs (N, size, size, 1) uint8, labels (N,).
 
   Raises:
-    UserError: no metadata, a line that is not of that form, more bad pictures than `max_bad`.
+    UserError: no metadata, a line that is not of that form, more bad pictures than `max_corrupt`.
   """
   folder = pathlib.Path(folder)
   files = [path for path in folder.glob("metadata/*.npy") if path.stem.isdecimal()]
@@ -237,10 +237,10 @@ def read_tree(folder: str | pathlib.Path, size: int, max_bad: int = 0) -> Split:
       inputs[index, :, :, 0] = _read_png(folder / name, size)
     except Exception as error:  # Pillow raises many types
       bad += 1
-      if bad > max_bad:
+      if bad > max_corrupt:
         raise errors.UserError(
           f"{folder / name}: not an 8-bit grey PNG of {size} × {size} px ({errors.first_line(error)}); unpack "
-          f"lra_release.gz again, or allow more than max_bad={max_bad} bad pictures to be left out"
+          f"lra_release.gz again, or allow more than max_corrupt={max_corrupt} bad pictures to be left out"
         ) from error
       good[index] = False
       cache.warn(f"{folder / name} left out ({errors.first_line(error)})")

@@ -16,7 +16,7 @@ from absl import flags
 
 from lra_jax import config as config_lib
 from lra_jax import errors
-from lra_jax.data import listops, tasks, text
+from lra_jax.data import tasks
 from lra_jax.data.sources import Split
 
 DEFAULT_CONFIG = "configs/vit.py"  # reads every image task
@@ -135,15 +135,14 @@ def print_texts(task: tasks.Task, examples: Split, say: Callable[[str], None]) -
   """Says class and text of each example, a pair's texts one below the other; cut after 1,000 characters.
 
   Args:
-    task: whose examples are tokens: of listops, or bytes.
+    task: whose examples are tokens.
     examples: to be said.
     say: takes a line.
   """
-  decode = listops.decode if task.name.startswith("listops") else text.decode
   for tokens, number in zip(examples.inputs, examples.labels, strict=True):
     say(f"--- {task.class_names[number]}")
     for row in np.atleast_2d(tokens):
-      words = decode(row)
+      words = task.decode(row)
       say(words if len(words) <= 1000 else f"{words[:1000]}… ({len(words):,} characters)")
 
 
@@ -184,6 +183,7 @@ def main() -> None:
       raise errors.UserError(f"task {task.name}: --config is for {config.task.name}; write it without a task")
   else:
     errors.parse_flags(argv, required=())
+  task = tasks.of(config.task if config else {"name": task.name})
   train = task.load(config.task.data_dir or None if config else None)["train"]
   count = min(rows.value, len(train.labels))
   examples = train.take(np.sort(np.random.RandomState(seed.value).choice(len(train.labels), count, replace=False)))

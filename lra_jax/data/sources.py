@@ -61,13 +61,14 @@ def digits(data_dir: str | None = None) -> dict[str, Split]:
   return {"train": Split(images[~is_test], labels[~is_test]), "test": Split(images[is_test], labels[is_test])}
 
 
-def cifar10(data_dir: str | None = None) -> dict[str, Split]:
+def cifar10(data_dir: str | None = None, size: int | None = None) -> dict[str, Split]:
   """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 RGB images of 32 × 32 px, through TensorFlow Datasets.
 
   Prepared data are read as they are; data not yet prepared are downloaded and prepared first.
 
   Args:
     data_dir: the TFDS folder; None or "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    size: of the images in pixels, other than 32 by `pictures.resize_and_crop`.
 
   Returns:
     Splits "train" and "test".
@@ -75,7 +76,7 @@ def cifar10(data_dir: str | None = None) -> dict[str, Split]:
   Raises:
     UserError: the data are not there and cannot be prepared, or cannot be read.
   """
-  return _tfds(data_dir, _cifar("Cifar10"), _TRAIN_TEST)
+  return _tfds(data_dir, _cifar("Cifar10"), _TRAIN_TEST, size=size)
 
 
 def cifar10_grey(data_dir: str | None = None) -> dict[str, Split]:
@@ -83,7 +84,7 @@ def cifar10_grey(data_dir: str | None = None) -> dict[str, Split]:
   return {name: split._replace(inputs=grey(split.inputs)) for name, split in cifar10(data_dir).items()}
 
 
-def cifar100(data_dir: str | None = None, labels: str = "fine") -> dict[str, Split]:
+def cifar100(data_dir: str | None = None, labels: str = "fine", size: int | None = None) -> dict[str, Split]:
   """CIFAR-100 (Krizhevsky 2009): as `cifar10`, with 100 classes ("fine"), or their 20 superclasses ("coarse").
 
   Raises:
@@ -93,7 +94,7 @@ def cifar100(data_dir: str | None = None, labels: str = "fine") -> dict[str, Spl
   if labels not in ("fine", "coarse"):
     raise ValueError(f"labels={labels!r}, expected 'fine' or 'coarse'")
   key = {"fine": "label", "coarse": "coarse_label"}[labels]
-  return _tfds(data_dir, _cifar("Cifar100"), _TRAIN_TEST, label=key)
+  return _tfds(data_dir, _cifar("Cifar100"), _TRAIN_TEST, label=key, size=size)
 
 
 def mnist(data_dir: str | None = None) -> dict[str, Split]:
@@ -131,6 +132,24 @@ def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int 
     if (path / "wnids.txt").is_file():
       return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
   return _tfds(data_dir, _tiny_imagenet, {"train": "train", "test": "validation"}, size=size)
+
+
+def tiny_imagenet_names(data_dir: str | None = None) -> tuple[str, ...]:
+  """Class names of Tiny ImageNet where `tiny_imagenet` finds it, which may be a part; else the numbers 0 … 199."""
+  from lra_jax.data import folders
+
+  root = _tfds_dir(data_dir)
+  for path in (root, root / "tiny-imagenet-200"):
+    if (path / "wnids.txt").is_file():
+      return folders.list_tiny_imagenet(path).class_names
+  return tuple(_tiny_imagenet(root).info.features["label"].names or map(str, range(200)))
+
+
+def imagenet2012_names(data_dir: str | None = None) -> tuple[str, ...]:
+  """WordNet ids of ImageNet's classes in the order of the labels, as TFDS has them."""
+  import tensorflow_datasets as tfds
+
+  return tuple(tfds.builder("imagenet2012", data_dir=_tfds_dir(data_dir)).info.features["label"].names)
 
 
 def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int = 160) -> dict[str, Split]:

@@ -35,7 +35,7 @@ def test_digits_are_scikit_learns_split_in_two():
 
 
 def test_validation_is_carved_by_seed_and_class():
-  load = functools.partial(tasks.load, "digits", data_dir=None)
+  load = functools.partial(tasks.load, tasks.get("digits"))
   splits = load(validation_fraction=0.2, split_seed=0)
   whole = sources.digits()
   rows = lambda split: [
@@ -225,7 +225,7 @@ def test_real_cifar10():
 @pytest.mark.filterwarnings("ignore")
 def test_real_lra_image():
   """The benchmark's split is by position, 45,000 / 5,000 / 10,000, and its grey statistics are those that S4 states."""
-  splits = tasks.load("lra_image", data_dir=str(REAL), validation_fraction=0.1, split_seed=3)
+  splits = tasks.load(tasks.get("lra_image"), data_dir=str(REAL), validation_fraction=0.1, split_seed=3)
   assert [len(splits[name].labels) for name in ("train", "validation", "test")] == [45_000, 5_000, 10_000]
   colour = sources.cifar10(str(REAL))
   np.testing.assert_array_equal(splits["validation"].labels, colour["train"].labels[45_000:])

@@ -249,7 +249,7 @@ def test_published_pictures_are_read(tree, tmp_path):
   assert {name: len(part.labels) for name, part in splits.items()} == {"train": 80, "validation": 10, "test": 10}
   key = lambda part: [(image.tobytes(), label) for image, label in zip(part.inputs, part.labels, strict=True)]
   assert sorted(itertools.chain(*map(key, splits.values()))) == sorted(key(split))
-  again = pathfinder.load(str(tmp_path), seed=5, max_bad=1)  # not from the cache
+  again = pathfinder.load(str(tmp_path), seed=5, max_corrupt=1)  # not from the cache
   assert [key(part) for part in again.values()] == [key(part) for part in splits.values()]
 
 
@@ -298,10 +298,10 @@ def test_bad_pictures_are_named_or_left_out(tree, tmp_path, capsys, damage, why)
   folder, split = tree
   path = folder / "imgs/2/sample_7.png"
   damage(path)
-  message = rf"^{re.escape(str(path))}: not an 8-bit grey PNG of 32 × 32 px \([^\n]*({why})[^\n]*max_bad=0[^\n]*$"
+  message = rf"^{re.escape(str(path))}: not an 8-bit grey PNG of 32 × 32 px \([^\n]*({why})[^\n]*max_corrupt=0[^\n]*$"
   with pytest.raises(errors.UserError, match=message):
     pathfinder.load(str(tmp_path))
-  ours = pathfinder.read_tree(folder, 32, max_bad=1)
+  ours = pathfinder.read_tree(folder, 32, max_corrupt=1)
   np.testing.assert_array_equal(ours.inputs, np.delete(split.inputs, 47, axis=0))
   np.testing.assert_array_equal(ours.labels, np.delete(split.labels, 47))
   (line,) = capsys.readouterr().err.splitlines()

@@ -187,6 +187,7 @@ def base(model: str, task: str) -> ConfigDict:
   c.train.steps = 0  # optimizer steps; 0 for what `epochs` says
   c.train.accumulate = 1  # parts of a batch whose gradients are added up one after the other, to save memory
   c.train.steps_per_call = 0  # steps in one call to the device; 0 for 1 on CPU and up to 100 elsewhere
+  c.train.length_buckets = ()  # tokens; batches of texts of like length, cut to the next of these; () for off
   c.train.label_smoothing = 0.0
   c.train.mixup = 0.0  # α of Beta(α, α); 0 for off
   c.train.cutmix = 0.0  # likewise

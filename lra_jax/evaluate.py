@@ -19,7 +19,7 @@ def main() -> None:
   from flax import nnx
 
   from lra_jax import parallel, runs, train
-  from lra_jax.data import resident, tasks
+  from lra_jax.data import batches, resident, tasks
 
   parallel.keep_freed_memory()
   trained = runs.load(_WORKDIR.value, _STEP.value)
@@ -33,7 +33,13 @@ def main() -> None:
   data = resident.put(splits[_SPLIT.value], parallel.replicated(mesh))
   drop_remainder = "drop_remainder" in trained.task.quirks
   values, predictions, _ = train.evaluate(
-    call, weights, data, trained.config.eval.batch_size, mesh.size, drop_remainder
+    call,
+    weights,
+    data,
+    trained.config.eval.batch_size,
+    mesh.size,
+    drop_remainder,
+    batches.buckets(trained.config, trained.task),
   )
   head = {"model": trained.config.model.name, "task": trained.task.name, "split": _SPLIT.value, "step": trained.step}
   print(json.dumps(head | {"examples": len(predictions)} | values))

@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax import nnx
 
 from kernels import dispatch
 from lra_jax import checkpoint, errors, flops, metrics, optim, parallel, report, runs
-from lra_jax.data import batches, resident, tasks
+from lra_jax.data import batches, feed, resident, tasks
 
 # Randomness is a function of (seed, step, purpose); these are the purposes.
 AUGMENT, MIX, DROPOUT = range(3)
@@ -86,8 +86,11 @@ def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransfor
   return graphdef, jax.jit(complete)(nnx.to_pure_dict(params), nnx.to_pure_dict(rest)), optimizer
 
 
-def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh):
-  """Returns `call(state, data, indices_MB) -> state, metrics`, M = `steps` training steps in one program."""
+def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh, length: int | None = None):
+  """Returns `call(state, data, indices_MB) -> state, metrics`, M = `steps` training steps in one program.
+
+  Texts are cut to `length` tokens.
+  """
   batches.check(config, task)
   root = jax.random.key(config.seed)
   parts = config.train.accumulate
@@ -129,7 +132,7 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
 
   def step(data, state, indices_B):
     number = state["step"]
-    examples = batches.take(data, indices_B, batch_sharding)
+    examples = batches.take(data, indices_B, batch_sharding, length)
     inputs, targets_BS = batches.training(config, task, examples, key_of(number, AUGMENT), key_of(number, MIX))
 
     grads, loss, accuracy, model_state = gradients(
@@ -161,11 +164,11 @@ def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mes
 
 
 def make_eval_call(config, task, graphdef, mesh):
-  """Returns `call(weights, data, indices_B, mask_B) -> metrics, predictions_B, confidences_B`."""
+  """Returns `call(weights, data, indices_B, mask_B, length) -> metrics, predictions_B, confidences_B`."""
 
-  def call(weights, data, indices_B, mask_B):
+  def call(weights, data, indices_B, mask_B, length):
     model = nnx.merge(graphdef, weights["params"], weights["model_state"])
-    examples = batches.take(data, indices_B, parallel.sharded(mesh))
+    examples = batches.take(data, indices_B, parallel.sharded(mesh), length)
     x, options = batches.evaluation(config, task, examples)
     with dispatch.batches_split(mesh):
       logits_BS = model(x, **options)
@@ -177,13 +180,73 @@ def make_eval_call(config, task, graphdef, mesh):
     return totals, logits_BS.argmax(-1), jax.nn.softmax(logits_BS).max(-1)
 
   whole, split = parallel.replicated(mesh), parallel.sharded(mesh)
-  return jax.jit(call, in_shardings=(whole, whole, split, split), out_shardings=whole)
+  return jax.jit(call, static_argnums=4, in_shardings=(whole, whole, split, split), out_shardings=whole)
+
+
+class Cost(NamedTuple):
+  """What compiling tells of a call: products' operations, bytes of memory, seconds of compiling, kernels' choices."""
+
+  operations: float
+  memory: int
+  seconds: float
+  kernels: dict[str, dict[str, str]]
+
+
+def compile_calls(make_call, state, feed) -> tuple[dict[int | None, Any], Cost]:
+  """Compiles the call of every length of a feed; says which kernels are taken.
+
+  Args:
+    make_call: `make_train_call` but for the length.
+    state: of the training.
+    feed: see `data.feed`.
+
+  Returns:
+    The calls by length, and the cost of the longest.
+
+  Raises:
+    UserError: a kernel was asked for that cannot serve.
+  """
+  start = time.perf_counter()
+  *shorter, longest = feed.lengths
+  arguments = state, feed.data, feed.abstract
+  make_longest = functools.partial(make_call, length=longest)
+  try:
+    with dispatch.recording() as choices:
+      traced = make_longest().trace(*arguments)
+  except dispatch.UnsupportedError as error:
+    raise errors.UserError(
+      f"config.model.implementation: {error}; without it the best that can serve is taken"
+    ) from error
+  for operation, implementations in choices.items():
+    for implementation, reason in implementations.items():
+      print(f"kernels.{operation}: {implementation} ({reason})")
+  operations = flops.count_call(make_longest, arguments, traced, choices)
+  calls = {length: make_call(length=length).trace(*arguments).lower().compile() for length in shorter}
+  calls[longest] = traced.lower().compile()
+  plan = calls[longest].memory_analysis()
+  memory = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
+  return calls, Cost(operations, memory, time.perf_counter() - start, choices)
 
 
 def evaluate(
-  call, weights, data: resident.Resident, batch_size: int, devices: int, drop_remainder: bool = False
+  call,
+  weights,
+  data: resident.Resident,
+  batch_size: int,
+  devices: int,
+  drop_remainder: bool = False,
+  lengths: tuple[int, ...] = (),
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-  """Runs `call` over a split, every example once; with `drop_remainder` whole batches only.
+  """Runs `call` over a split, every example once.
+
+  Args:
+    call: of `make_eval_call`.
+    weights: {"params", "model_state"}.
+    data: the split.
+    batch_size: examples of one call, at most.
+    devices: of which the batch size becomes a multiple.
+    drop_remainder: whole batches only.
+    lengths: as of `batches.buckets`; texts are evaluated in the order of theirs.
 
   Returns:
     {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each.
@@ -192,10 +255,16 @@ def evaluate(
   batch_size = -(-min(batch_size, examples) // devices) * devices
   if drop_remainder:
     examples -= examples % batch_size
-  outputs = [call(weights, data, *batch) for batch in zip(*resident.eval_batches(examples, batch_size), strict=True)]
+  bucket = resident.bucket_of(np.asarray(data.lengths)[:examples], lengths) if lengths else np.zeros(examples, int)
+  order = np.argsort(bucket, kind="stable").astype(np.int32)
+  outputs = []
+  for places, mask in zip(*resident.eval_batches(examples, batch_size), strict=True):
+    length = lengths[bucket[order[places]].max()] if lengths else None
+    outputs.append(call(weights, data, order[places], mask, length))
   outputs = jax.device_get(outputs)
   totals = functools.reduce(lambda a, b: a.merge(b), (o[0] for o in outputs))
-  predictions, confidences = (np.concatenate([o[i] for o in outputs])[:examples] for i in (1, 2))
+  back = np.argsort(order)
+  predictions, confidences = (np.concatenate([o[i] for o in outputs])[:examples][back] for i in (1, 2))
   return {name: float(value) for name, value in totals.compute().items()}, predictions, confidences
 
 
@@ -231,9 +300,9 @@ def _train_and_test(config, workdir, stop, started):
   whole = parallel.replicated(mesh)
   task = runs.task_of(config, workdir)
   splits = tasks.load(task, **runs.data_settings(config))
-  data = {name: resident.put(split, whole) for name, split in splits.items()}
-  examples = len(splits["train"].labels)
-  plan = Plan.make(config, examples, mesh.size, mesh.devices.flat[0].platform)
+  plan = Plan.make(config, len(splits["train"].labels), mesh.size, mesh.devices.flat[0].platform)
+  train_feed = feed.ResidentFeed(config, task, splits["train"], plan.batch_size, plan.steps_per_call, mesh)
+  held_out = {name: resident.put(splits[name], whole) for name in ("validation", "test")}
   schedule = optim.make_schedule(config.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = init_state(config, task, schedule)
   parameters = int(parameter_overview.count_parameters(state["params"]))
@@ -256,29 +325,12 @@ def _train_and_test(config, workdir, stop, started):
 
   # Compiling before the loop tells what a step costs, and keeps its time out of the speed.
   make_call = functools.partial(make_train_call, config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
+  train_calls, cost = compile_calls(make_call, state, train_feed)
   eval_call = make_eval_call(config, task, graphdef, mesh)
-  compile_start = time.perf_counter()
-  indices = jax.ShapeDtypeStruct((plan.steps_per_call, plan.batch_size), jnp.int32)
-  try:
-    with dispatch.recording() as choices:
-      traced = make_call().trace(state, data["train"], indices)
-  except dispatch.UnsupportedError as error:
-    raise errors.UserError(
-      f"config.model.implementation: {error}; without it the best that can serve is taken"
-    ) from error
-  for operation, implementations in choices.items():
-    for implementation, reason in implementations.items():
-      print(f"kernels.{operation}: {implementation} ({reason})")
-  operations = flops.count_call(make_call, (state, data["train"], indices), traced, choices) / plan.steps_per_call
-  train_call = traced.lower().compile()
-  compile_seconds = time.perf_counter() - compile_start
-  memory = train_call.memory_analysis()
-  memory = (
-    memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  )
+  operations = cost.operations / plan.steps_per_call
   print(
-    f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {memory / 2**20:,.0f} MiB peak memory per "
-    f"device; compiled in {compile_seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
+    f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {cost.memory / 2**20:,.0f} MiB peak memory "
+    f"per device; compiled in {cost.seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
   )
 
   writer = metrics.Writer(workdir, first)
@@ -286,7 +338,7 @@ def _train_and_test(config, workdir, stop, started):
   loop_start = last_saved = time.perf_counter()
   seconds_before = host["seconds"]
 
-  evaluation = config.eval.batch_size, mesh.size, "drop_remainder" in task.quirks
+  evaluation = config.eval.batch_size, mesh.size, "drop_remainder" in task.quirks, batches.buckets(config, task)
 
   def weights_of(state):
     return state.get("ema") or {"params": state["params"], "model_state": state["model_state"]}
@@ -316,10 +368,8 @@ def _train_and_test(config, workdir, stop, started):
   step, pending, finished = first, None, first >= plan.steps or _stopped_early(config, host)
   try:
     while not finished and not stop.requested:
-      indices = resident.train_indices(
-        examples, plan.batch_size, step, plan.steps_per_call, config.seed, config.augment.repeats
-      )
-      state, step_metrics = train_call(state, data["train"], jax.device_put(indices, parallel.sharded(mesh, 1)))
+      length, inputs = train_feed(step)
+      state, step_metrics = train_calls[length](state, train_feed.data, inputs)
       step += plan.steps_per_call
       if pending is not None:
         read_metrics(*pending)  # of the call before: the device is busy with this one meanwhile
@@ -330,7 +380,7 @@ def _train_and_test(config, workdir, stop, started):
         read_metrics(*pending)
         pending = None
         eval_start = time.perf_counter()
-        values, _, _ = evaluate(eval_call, weights_of(state), data["validation"], *evaluation)
+        values, _, _ = evaluate(eval_call, weights_of(state), held_out["validation"], *evaluation)
         host["eval_seconds"] += time.perf_counter() - eval_start
         writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
         progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
@@ -369,7 +419,7 @@ def _train_and_test(config, workdir, stop, started):
         "`python -m lra_jax.evaluate` can use another"
       ) from error
     weights = jax.device_put(weights_of(best.state), whole)
-    test, predictions, confidences = evaluate(eval_call, weights, data["test"], *evaluation)
+    test, predictions, confidences = evaluate(eval_call, weights, held_out["test"], *evaluation)
   finally:
     progress.close()
     writer.close()
@@ -387,11 +437,11 @@ def _train_and_test(config, workdir, stop, started):
     "steps": step,
     "seconds": round(host["seconds"], 3),
     "images_per_second": round(step * plan.batch_size / (host["seconds"] - host["eval_seconds"]), 1),
-    "compile_seconds": round(compile_seconds, 3),
+    "compile_seconds": round(cost.seconds, 3),
     "total_seconds": round(time.perf_counter() - started, 3),
-    "peak_memory_bytes": stats.get("peak_bytes_in_use", memory),
+    "peak_memory_bytes": stats.get("peak_bytes_in_use", cost.memory),
     "gflop_per_step": round(operations / 1e9, 3),
-    "kernels": choices,
+    "kernels": cost.kernels,
     "device": parallel.describe(mesh),
     "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
   }

@@ -3,12 +3,14 @@
 Axes: B batch, H rows, W columns, C channels, L tokens, S classes.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from lra_jax import errors
+from lra_jax import errors, models
 from lra_jax.data import augment, resident, tasks
 
 # Fields of `config.augment` that change images, where they are neither 0 nor empty.
@@ -16,9 +18,12 @@ AUGMENTATION = ("crop_pad", "crop_scale", "rotate", "translate", "zoom", "shear"
                 "jitter", "erase_probability", "cutout")  # fmt: skip
 
 
-def take(data: resident.Resident, indices_B: jax.Array, sharding: jax.sharding.Sharding) -> resident.Resident:
-  """The examples of those indices, their inputs split as `sharding` says."""
-  inputs = jax.lax.with_sharding_constraint(data.inputs[indices_B], sharding)
+def take(
+  data: resident.Resident, indices_B: jax.Array, sharding: jax.sharding.Sharding, length: int | None = None
+) -> resident.Resident:
+  """The examples of those indices, their inputs split as `sharding` says; texts cut to `length` tokens."""
+  inputs = data.inputs if length is None else data.inputs[..., :length]
+  inputs = jax.lax.with_sharding_constraint(inputs[indices_B], sharding)
   lengths = None if data.lengths is None else data.lengths[indices_B]
   return resident.Resident(inputs, data.labels[indices_B], lengths)
 
@@ -37,6 +42,26 @@ def check(config: ml_collections.ConfigDict, task: tasks.Task) -> None:
         raise errors.UserError(
           f"config.{group}.{name}={value!r}: task {task.name} has no images to augment; leave it off"
         )
+
+
+def buckets(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[int, ...]:
+  """The lengths that batches of texts are cut to, ascending, the task's own last; () where they are not.
+
+  Raises:
+    UserError: buckets of a task without lengths or of a model that must see the padding, or no ascending lengths.
+  """
+  lengths = tuple(config.train.length_buckets)
+  if not lengths:
+    return ()
+  where = f"config.train.length_buckets={lengths}"
+  if task.token_shape is None:
+    raise errors.UserError(f"{where}: examples of task {task.name} all have one length; leave it off")
+  if not models.reads_shorter(config.model.name):
+    raise errors.UserError(f"{where}: for model {config.model.name} the padding counts; leave it off")
+  lengths = (*lengths, task.token_shape[-1])
+  if lengths[0] < 1 or any(a >= b for a, b in itertools.pairwise(lengths)):
+    raise errors.UserError(f"{where}: expected ascending lengths from 1 to below {lengths[-1]}")
+  return lengths
 
 
 def training(

@@ -63,6 +63,40 @@ def train_indices(
   return np.tile(np.concatenate(parts).reshape(steps, batch_size), (1, repeats))
 
 
+_WINDOW = 16  # calls whose examples are put into the order of their lengths together
+
+
+def bucket_of(lengths: np.ndarray, bounds: tuple[int, ...]) -> np.ndarray:
+  """(N,) number of the shortest of the ascending `bounds` that holds each example, of a pair the longer one."""
+  return np.searchsorted(bounds, lengths.reshape(len(lengths), -1).max(1))
+
+
+def bucketed_indices(
+  bucket_N: np.ndarray, batch_size: int, first_step: int, steps: int, seed: int
+) -> tuple[np.ndarray, int]:
+  """As `train_indices`, the examples of one call being alike in length.
+
+  The stream of examples is cut into windows of 16 calls. Within a window examples are sorted by bucket, given out to
+  the calls in that order, and the calls shuffled, and the examples of each. So every example is still seen once an
+  epoch, and the order is a function of seed and step.
+
+  Args:
+    bucket_N: as of `bucket_of`.
+    batch_size, seed: as of `train_indices`.
+    first_step: of the call, a multiple of `steps`.
+    steps: of a call.
+
+  Returns:
+    (steps, B) int32 indices, and the highest bucket among them.
+  """
+  window, place = divmod(first_step // steps, _WINDOW)
+  indices = train_indices(len(bucket_N), batch_size, window * _WINDOW * steps, _WINDOW * steps, seed).reshape(-1)
+  indices = indices[np.argsort(bucket_N[indices], kind="stable")].reshape(_WINDOW, -1)
+  call = np.random.RandomState([seed, window, 0]).permutation(_WINDOW)[place]
+  indices = np.random.RandomState([seed, window, 1 + place]).permutation(indices[call])
+  return indices.reshape(steps, batch_size), int(bucket_N[indices].max())
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(examples, epoch, seed):
   # RandomState's stream is frozen by NumPy's policy (NEP 19), so the order does not depend on the NumPy version.

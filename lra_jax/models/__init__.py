@@ -64,6 +64,15 @@ def fields(name: str) -> set[str]:
   return arguments - {"self", "input_shape", "num_classes", "vocab_size", "rngs"}
 
 
+def reads_shorter(name: str) -> bool:
+  """Whether the model reads sequences shorter than it was made for, and takes padding for nothing at any length.
+
+  So a batch may be cut to its longest sequence. Not of models that mix over a fixed length (MLP-Mixer, gMLP), whose
+  landmarks divide the length (Nyströmformer), or for whom padding counts (FNet).
+  """
+  return getattr(REGISTRY[name][0], "READS_SHORTER", False)
+
+
 def create(
   name: str,
   *,

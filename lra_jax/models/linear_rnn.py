@@ -47,7 +47,10 @@ class Layer(nnx.Module):
       return layers.dropout(x, self.dropout, key, broadcast=(1,))
 
     def norm(x):
-      return self.norm(x, use_running_average=not train) if isinstance(self.norm, nnx.BatchNorm) else self.norm(x)
+      if not isinstance(self.norm, nnx.BatchNorm):
+        return self.norm(x)
+      mask = None if mask_BL is None else mask_BL[..., None]  # padding does not count in the statistics
+      return self.norm(x, use_running_average=not train, mask=mask)
 
     y = self.cell(layers.zero_padding(norm(x_BLD) if self.prenorm else x_BLD, mask_BL))
     if self.activation == "full_glu":
@@ -68,6 +71,7 @@ class Stack(nnx.Module):
   """Dense or embedding, layers, pooling over time, Dense."""
 
   INPUTS = ("image", "sequence", "tokens")
+  READS_SHORTER = True
 
   def __init__(
     self,

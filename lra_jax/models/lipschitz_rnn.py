@@ -33,6 +33,7 @@ class LipschitzRnn(nnx.Module):
   """The class of a sequence from the state after its last step."""
 
   INPUTS = ("image", "sequence", "tokens")
+  READS_SHORTER = True
 
   def __init__(
     self,

@@ -38,6 +38,7 @@ class LraTransformer(nnx.Module):
   """Embedded tokens, class token, positions, blocks, LayerNorm, pooling, a head with one hidden layer."""
 
   INPUTS = ("image", "sequence", "tokens")
+  READS_SHORTER = True
 
   def __init__(
     self,
@@ -117,14 +118,15 @@ class LraTransformer(nnx.Module):
   ) -> jax.Array:
     """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
 
-    `mask_BL` is False where a token is padding: no other token attends to it, and the mean leaves it out.
+    Sequences may be shorter than at construction: positions count from the start. `mask_BL` is False where a token is
+    padding: no other token attends to it, and the mean leaves it out.
     """
     keys = layers.split(rngs.dropout() if train else None, 2)
     x = self.tokenizer(x)
     if self.cls is not None:
       x, mask_BL = layers.prepend_token(self.cls[...], x), layers.prepend_to_mask(mask_BL)
     position = self.position[...] if self.position is not None else jnp.asarray(sinusoidal(self.length, self.width))
-    x = layers.dropout(x + position.astype(x.dtype), self.dropout, keys[0])
+    x = layers.dropout(x + position[:, : x.shape[1]].astype(x.dtype), self.dropout, keys[0])
     x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat, mask_BL=mask_BL)
     x = self.norm(x)
     x = x[:, 0] if self.pool == "cls" else layers.masked_mean(x, mask_BL).astype(self.dtype)

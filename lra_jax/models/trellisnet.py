@@ -44,6 +44,7 @@ class TrellisNet(nnx.Module):
   """The class of a sequence from the last step of the last level."""
 
   INPUTS = ("image", "sequence", "tokens")
+  READS_SHORTER = True
 
   def __init__(
     self,

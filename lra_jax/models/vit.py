@@ -34,6 +34,7 @@ class Vit(nnx.Module):
   """Patches, class token, positions, pre-norm Transformer blocks, LayerNorm, Dense."""
 
   INPUTS = ("image", "sequence", "tokens")
+  READS_SHORTER = True
 
   def __init__(
     self,
@@ -116,7 +117,8 @@ class Vit(nnx.Module):
   ) -> jax.Array:
     """(B, *input_shape) → float32 logits (B, S); `rngs` (stream `dropout`) is needed where `train` is true.
 
-    `mask_BL` is False where a token is padding: no other token attends to it, and the mean leaves it out.
+    Sequences may be shorter than at construction: positions count from the start. `mask_BL` is False where a token is
+    padding: no other token attends to it, and the mean leaves it out.
     """
     keys = layers.split(rngs.dropout() if train else None, 2)
     x = self.tokenizer(x)
@@ -125,7 +127,7 @@ class Vit(nnx.Module):
     if self.cls is not None:
       x, mask_BL = layers.prepend_token(self.cls[...], x), layers.prepend_to_mask(mask_BL)
     if self.position is not None:
-      x = x + self.position[...].astype(x.dtype)
+      x = x + self.position[:, : x.shape[1]].astype(x.dtype)
     x = layers.dropout(x, self.dropout, keys[0])
     x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat, mask_BL=mask_BL)
     if self.pool == "cls":

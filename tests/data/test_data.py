@@ -234,3 +234,23 @@ def test_real_lra_image():
   task = tasks.get("lra_image_real")
   assert pixels.mean() == pytest.approx(task.mean[0], abs=1e-4) and pixels.std() == pytest.approx(task.std[0], abs=1e-4)
   assert pixels.mean() == pytest.approx(122.6 / 255, abs=2e-3) and pixels.std() == pytest.approx(61 / 255, abs=2e-3)
+
+
+def test_bucketed_calls_are_alike_in_length_and_lose_nothing():
+  random = np.random.RandomState(0)
+  lengths, batch_size, steps = random.randint(1, 101, 480).astype(np.int32), 5, 3
+  bounds = (10, 50, 100)
+  bucket = resident.bucket_of(lengths, bounds)
+  np.testing.assert_array_equal(bucket, [sum(n > b for b in bounds) for n in lengths])
+  np.testing.assert_array_equal(resident.bucket_of(np.stack([lengths, lengths[::-1]], 1), bounds),
+                                np.maximum(bucket, bucket[::-1]))  # fmt: skip
+  calls = [resident.bucketed_indices(bucket, batch_size, step, steps, seed=4) for step in range(0, 96, steps)]
+  for indices, top in calls:
+    assert indices.shape == (steps, batch_size) and bucket[indices].max() == top
+  seen = np.concatenate([indices.reshape(-1) for indices, _ in calls])
+  np.testing.assert_array_equal(np.sort(seen), np.arange(480))  # 32 calls of 15 are two windows and one epoch
+  assert sum(top == 0 for _, top in calls) >= 2  # a tenth of all is short
+  plain = resident.train_indices(480, batch_size, 0, 96, seed=4)
+  assert not (np.stack([i for i, _ in calls]).reshape(96, 5) == plain).all()
+  again, _ = resident.bucketed_indices(bucket, batch_size, 93, steps, seed=4)
+  np.testing.assert_array_equal(again, calls[-1][0])

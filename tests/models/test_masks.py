@@ -150,3 +150,10 @@ def test_gradients_are_finite_also_where_a_sequence_is_empty(name):
     return jax.grad(lambda p: (nnx.merge(graphdef, p, rest)(x, mask_BL=mask) ** 2).sum())(params)
 
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope(params)))
+
+
+@pytest.mark.parametrize("name", [n for n in SEQUENCES if models.reads_shorter(n)])
+def test_a_batch_may_be_cut_to_its_longest_sequence(name):
+  model, x = create(name), draw(7)
+  expected = logits(model, x, [13, 9, 4])
+  np.testing.assert_allclose(logits(model, x[:, :14], [13, 9, 4]), expected, rtol=1e-4, atol=1e-5)

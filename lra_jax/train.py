@@ -315,10 +315,15 @@ def _train_and_test(config, workdir, stop, started):
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "best_loss": math.inf}
-  host |= {"evaluations_since_best": 0, "seconds": 0.0, "eval_seconds": 0.0}  # of the loop, over all starts of the run
+  host |= {
+    "evaluations_since_best": 0,
+    "seconds": 0.0,
+    "eval_seconds": 0.0,
+    "input_seconds": 0.0,
+  }  # of the loop, over all starts of the run
   restored = checkpoints.restore_newest(state, print)
   if restored is not None:
-    state, host = restored.state, restored.host
+    state, host = restored.state, host | restored.host  # a field may be new
     print(f"resuming at step {restored.step} of {plan.steps}")
   first = restored.step if restored else 0
   state = jax.device_put(state, whole)
@@ -368,7 +373,9 @@ def _train_and_test(config, workdir, stop, started):
   step, pending, finished = first, None, first >= plan.steps or _stopped_early(config, host)
   try:
     while not finished and not stop.requested:
+      input_start = time.perf_counter()
       length, inputs = train_feed(step)
+      host["input_seconds"] += time.perf_counter() - input_start
       state, step_metrics = train_calls[length](state, train_feed.data, inputs)
       step += plan.steps_per_call
       if pending is not None:
@@ -437,6 +444,7 @@ def _train_and_test(config, workdir, stop, started):
     "steps": step,
     "seconds": round(host["seconds"], 3),
     "images_per_second": round(step * plan.batch_size / (host["seconds"] - host["eval_seconds"]), 1),
+    "input_share": round(host["input_seconds"] / (host["seconds"] - host["eval_seconds"]), 5),  # at most: calls overlap
     "compile_seconds": round(cost.seconds, 3),
     "total_seconds": round(time.perf_counter() - started, 3),
     "peak_memory_bytes": stats.get("peak_bytes_in_use", cost.memory),

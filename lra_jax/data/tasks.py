@@ -128,6 +128,7 @@ _LRA_IMAGE = _CIFAR10 | dict(image_shape=(32, 32, 1), load=sources.cifar10_grey,
 _PATHFINDER = dict(image_shape=(32, 32, 1), class_names=pathfinder.CLASS_NAMES, options=("max_corrupt",))
 _PATH_X = _PATHFINDER | dict(image_shape=(128, 128, 1), load=functools.partial(pathfinder.load, size=128))
 _PATHFINDER |= dict(load=functools.partial(pathfinder.load, size=32))
+_HALF = dict(mean=(0.5,), std=(0.5,))  # what S4 and S5 normalise these with
 _TEXT = dict(image_shape=None, mean=(), std=(), view="tokens", encode=text.encode, decode=text.decode)
 
 
@@ -202,10 +203,11 @@ REGISTRY: Mapping[str, Task] = {
     ),
     "lra_image": _LRA_IMAGE | _TOKENS,
     "lra_image_real": _LRA_IMAGE | _SEQUENCE | dict(mean=(0.4799,), std=(0.2396,)),
+    "pathfinder_image": _PATHFINDER | _HALF,
     "pathfinder": _PATHFINDER | _TOKENS,
-    "pathfinder_real": _PATHFINDER | _SEQUENCE | dict(mean=(0.5,), std=(0.5,)),
+    "pathfinder_real": _PATHFINDER | _SEQUENCE | _HALF,
     "path_x": _PATH_X | _TOKENS,
-    "path_x_real": _PATH_X | _SEQUENCE | dict(mean=(0.5,), std=(0.5,)),
+    "path_x_real": _PATH_X | _SEQUENCE | _HALF,
   }.items()
 }
 _FOLDER = "folder:"

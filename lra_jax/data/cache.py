@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from lra_jax import errors
 from lra_jax.data.sources import Split
 
 _FORMAT = 1  # of the entries; another number where what is stored for the same source changes
@@ -73,8 +74,8 @@ def read(entry: pathlib.Path) -> dict[str, Split] | None:
   """
   try:
     return _read(entry)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    warn(f"{entry}: damaged ({error}); it is made anew")
+  except Exception as error:  # NumPy's and JSON's parsers raise many types
+    warn(f"{entry}: damaged ({errors.first_line(error)}); it is made anew")
     return None
 
 
@@ -161,7 +162,7 @@ def _store(entry, splits):
 
 
 def _whole(entry):
-  with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+  with contextlib.suppress(Exception):
     return _read(entry) is not None
   return False
 

@@ -42,9 +42,9 @@ def list_files(path: str | os.PathLike) -> Listing:
   """
   path = pathlib.Path(path).expanduser()
   _check_folder(path, "train/<class>/* and val/<class>/*")
-  if (path / "wnids.txt").is_file():
+  if os.path.isfile(path / "wnids.txt"):
     raise errors.UserError(f"{path}: this is the layout of Tiny ImageNet (wnids.txt); take the task tiny_imagenet")
-  held_out = [name for name in ("val", "test") if (path / name).is_dir()]
+  held_out = [name for name in ("val", "test") if os.path.isdir(path / name)]
   for name in ["train", *([] if held_out else ["val"])]:
     _check_folder(path / name, "one folder for each class")
   folders = {name: _names(path / name, os.DirEntry.is_dir) for name in ("train", *held_out)}
@@ -281,9 +281,14 @@ def _names(folder, wanted):
 
 
 def _check_folder(path, holds):
-  if not path.is_dir():
-    what = "is a file" if path.exists() else "does not exist"
-    raise errors.UserError(f"{path}: {what}; expected a folder with {holds}")
+  try:
+    os.scandir(path).close()
+  except OSError as error:
+    if isinstance(error, FileNotFoundError):
+      what = "does not exist"
+    else:
+      what = "is a file" if isinstance(error, NotADirectoryError) else f"cannot be read ({error.strerror})"
+    raise errors.UserError(f"{path}: {what}; expected a folder with {holds}") from error
 
 
 def _text(path):

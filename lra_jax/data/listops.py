@@ -5,6 +5,7 @@ benchmark's distribution (its program draws from Python's global random state, s
 The ids of the tokens are fixed here; the benchmark's depend on the order of a Python set.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import cache, text
+from lra_jax.data import cache, sources
 from lra_jax.data.sources import Split
 
 # Index = id; 0 is padding. Parentheses, which the files have around every step, are left out as the benchmark does.
@@ -39,7 +40,7 @@ def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
 
   Args:
     data_dir: folder that may contain listops/basic_train.tsv, basic_val.tsv and basic_test.tsv; None or "" as of
-      `text.data_folder`.
+      `sources.data_folder`.
     seed: of the generator; not used for files.
 
   Returns:
@@ -49,9 +50,9 @@ def load(data_dir: str | None, seed: int = 0) -> dict[str, Split]:
   Raises:
     UserError: as of `read_tsv`.
   """
-  folder = text.data_folder(data_dir) / "listops"
+  folder = sources.data_folder(data_dir) / "listops"
   files = [folder / name for name in _FILES.values()]
-  if any(file.exists() for file in files):
+  if any(map(os.path.exists, files)):
     return cache.load(cache.entry("listops", "published", str(folder.resolve()), files), lambda: read_tsv(folder))
   entry = cache.entry("listops", f"seed{seed}-{'-'.join(map(str, SIZES.values()))}", "generated", ())
   return cache.load(entry, lambda: _generate_all(seed))
@@ -172,7 +173,7 @@ def read_tsv(folder: str | pathlib.Path) -> dict[str, Split]:
       not that of its expression.
   """
   folder = pathlib.Path(folder)
-  missing = [name for name in _FILES.values() if not (folder / name).is_file()]
+  missing = [name for name in _FILES.values() if not os.path.isfile(folder / name)]
   if missing:
     raise errors.UserError(
       f"{folder}: {', '.join(missing)} missing; expected {', '.join(_FILES.values())} of lra_release.gz there, "
@@ -187,7 +188,10 @@ _TO_IDS = bytes.maketrans(b"0123456789abcd]", bytes(range(1, 16)))
 
 
 def _read_file(path):
-  lines = path.read_bytes().splitlines()
+  try:
+    lines = path.read_bytes().splitlines()
+  except OSError as error:
+    raise errors.UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
   if not lines or lines[0].split(b"\t") != [b"Source", b"Target"]:
     raise errors.UserError(f"{path}:1: expected the header Source, tab, Target; take the file of lra_release.gz")
   inputs = np.zeros((len(lines) - 1, MAX_LENGTH), np.uint8)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import cache, listops, text
+from lra_jax.data import cache, listops, sources
 from lra_jax.data.sources import Split
 
 CLASS_NAMES = ("apart", "joined")
@@ -150,7 +150,7 @@ def load(
 
   Args:
     data_dir: folder that may contain pathfinder32 and pathfinder128, each with the folders `curv_baseline`,
-      `curv_contour_length_9` and `curv_contour_length_14`; None or "" as of `text.data_folder`.
+      `curv_contour_length_9` and `curv_contour_length_14`; None or "" as of `sources.data_folder`.
     size: 32 (Pathfinder) or 128 (Path-X).
     contour_length: 6 (easy), 9 or, as in the benchmark, 14 (hard).
     seed: of the generator; not used for published pictures.
@@ -164,9 +164,9 @@ def load(
     UserError: as of `drawing` and `read_tree`, or a folder of that size without pictures of that difficulty.
   """
   drawing(size, contour_length)
-  folder = text.data_folder(data_dir) / f"pathfinder{size}"
+  folder = sources.data_folder(data_dir) / f"pathfinder{size}"
   name, level = f"pathfinder{size}", _FOLDERS[contour_length]
-  if not folder.exists():
+  if not os.path.exists(folder):
     say = f"pathfinder{size}: no published pictures in {folder}; {sum(SIZES.values()):,} are being generated"
 
     def build():

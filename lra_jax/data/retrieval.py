@@ -4,12 +4,13 @@ The texts (ACL Anthology Network, Radev et al. 2013) are no longer offered for d
 files where a user has them.
 """
 
+import os
 import pathlib
 
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import cache, text
+from lra_jax.data import cache, sources, text
 from lra_jax.data.sources import Split
 
 CLASS_NAMES = ("unrelated", "related")
@@ -27,7 +28,7 @@ def load(data_dir: str | None, max_length: int = 4000) -> dict[str, Split]:
 
   Args:
     data_dir: has new_aan_pairs.train.tsv, new_aan_pairs.eval.tsv and new_aan_pairs.test.tsv, itself or in a folder
-      "retrieval" or "tsv_data" (the name in the benchmark's archive); None or "" as of `text.data_folder`.
+      "retrieval" or "tsv_data" (the name in the benchmark's archive); None or "" as of `sources.data_folder`.
     max_length: L, in bytes; the rest of a longer text is left out. The benchmark takes 4,000.
 
   Returns:
@@ -36,9 +37,9 @@ def load(data_dir: str | None, max_length: int = 4000) -> dict[str, Split]:
   Raises:
     UserError: a file is missing, or as of `read_tsv`.
   """
-  places = [text.data_folder(data_dir) / name for name in ("retrieval", "tsv_data", "")]
-  folder = next((place for place in places if any((place / name).exists() for name in _FILES.values())), places[0])
-  missing = [name for name in _FILES.values() if not (folder / name).is_file()]
+  places = [sources.data_folder(data_dir) / name for name in ("retrieval", "tsv_data", "")]
+  folder = next((place for place in places if any(os.path.exists(place / name) for name in _FILES.values())), places[0])
+  missing = [name for name in _FILES.values() if not os.path.isfile(folder / name)]
   if missing:
     raise errors.UserError(
       f"{folder}: {', '.join(missing)} missing; Retrieval needs the three files {', '.join(_FILES.values())} of the "
@@ -76,22 +77,25 @@ def read_tsv(path: str | pathlib.Path, max_length: int) -> Split:
     lengths.append(counts.reshape(-1, 2))
     pairs.clear()
 
-  with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
-      columns = line.rstrip(b"\r\n").split(b"\t")
-      if len(columns) != len(_COLUMNS):
-        raise errors.UserError(
-          f"{path}:{number}: {len(columns)} columns, expected {len(_COLUMNS)} ({', '.join(_COLUMNS)}) with tabs "
-          "between them; the file may have been cut off, or be the release that has ids without texts"
-        )
-      label = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}.get(columns[0])
-      if label is None:
-        shown = columns[0][:20].decode(errors="replace")
-        raise errors.UserError(f"{path}:{number}: label {shown!r}, expected 0 or 1; mend or remove the line")
-      labels.append(label)
-      pairs += [column[:max_length] for column in columns[3:]]
-      if len(pairs) == 2 * _CHUNK:
-        encode()
+  try:
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        columns = line.rstrip(b"\r\n").split(b"\t")
+        if len(columns) != len(_COLUMNS):
+          raise errors.UserError(
+            f"{path}:{number}: {len(columns)} columns, expected {len(_COLUMNS)} ({', '.join(_COLUMNS)}) with tabs "
+            "between them; the file may have been cut off, or be the release that has ids without texts"
+          )
+        label = {b"0": 0, b"0.0": 0, b"1": 1, b"1.0": 1}.get(columns[0])
+        if label is None:
+          shown = columns[0][:20].decode(errors="replace")
+          raise errors.UserError(f"{path}:{number}: label {shown!r}, expected 0 or 1; mend or remove the line")
+        labels.append(label)
+        pairs += [column[:max_length] for column in columns[3:]]
+        if len(pairs) == 2 * _CHUNK:
+          encode()
+  except OSError as error:
+    raise errors.UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
   if not labels:
     raise errors.UserError(f"{path}: empty, expected lines of {', '.join(_COLUMNS)}; copy the file again")
   if pairs:

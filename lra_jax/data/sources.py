@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pathlib
+import shutil
 import tarfile
 import urllib.request
 import zipfile
@@ -127,9 +128,9 @@ def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int 
   """
   from lra_jax.data import folders
 
-  root = _tfds_dir(data_dir)
+  root = data_folder(data_dir)
   for path in (root, root / "tiny-imagenet-200"):
-    if (path / "wnids.txt").is_file():
+    if os.path.isfile(path / "wnids.txt"):
       return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
   return _tfds(data_dir, _tiny_imagenet, {"train": "train", "test": "validation"}, size=size)
 
@@ -138,9 +139,9 @@ def tiny_imagenet_names(data_dir: str | None = None) -> tuple[str, ...]:
   """Class names of Tiny ImageNet where `tiny_imagenet` finds it, which may be a part; else the numbers 0 … 199."""
   from lra_jax.data import folders
 
-  root = _tfds_dir(data_dir)
+  root = data_folder(data_dir)
   for path in (root, root / "tiny-imagenet-200"):
-    if (path / "wnids.txt").is_file():
+    if os.path.isfile(path / "wnids.txt"):
       return folders.list_tiny_imagenet(path).class_names
   return tuple(_tiny_imagenet(root).info.features["label"].names or map(str, range(200)))
 
@@ -149,7 +150,7 @@ def imagenet2012_names(data_dir: str | None = None) -> tuple[str, ...]:
   """WordNet ids of ImageNet's classes in the order of the labels, as TFDS has them."""
   import tensorflow_datasets as tfds
 
-  return tuple(tfds.builder("imagenet2012", data_dir=_tfds_dir(data_dir)).info.features["label"].names)
+  return tuple(tfds.builder("imagenet2012", data_dir=data_folder(data_dir)).info.features["label"].names)
 
 
 def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int = 160) -> dict[str, Split]:
@@ -191,9 +192,9 @@ def grey(x_NHWC: np.ndarray) -> np.ndarray:
   return np.minimum(luma * np.float32(255.5), 255).astype(np.uint8)[..., None]
 
 
-def _tfds_dir(data_dir):
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return pathlib.Path(data_dir or default).expanduser()
+def data_folder(data_dir: str | None) -> pathlib.Path:
+  """The folder of all data: as given; None or "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+  return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def _cifar(name):
@@ -383,7 +384,28 @@ def _tfds(
   """
   from lra_jax.data import cache
 
-  root = _tfds_dir(data_dir)
+  builder, where = open_tfds(data_dir, make)
+  infos = builder.info.splits
+  for split in splits.values():
+    if split not in infos:
+      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
+  files = [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
+  variant = f"{builder.version}-{label}" + (f"-{size}px" if size else "")
+  entry = cache.entry(builder.info.full_name, variant, os.path.abspath(builder.data_path), files)
+  return cache.load(entry, lambda: {ours: _read(builder, name, label, size, where) for ours, name in splits.items()})
+
+
+def open_tfds(data_dir: str | None, make: Callable[[pathlib.Path], Any]) -> tuple[Any, str]:
+  """A builder whose data are prepared, downloaded first where need be, and what errors call it: name and folder.
+
+  Args:
+    data_dir: as of `data_folder`.
+    make: gives the builder (tfds.core.DatasetBuilder) of that folder.
+
+  Raises:
+    UserError: the data set cannot be opened or prepared. What was downloaded or prepared in part is removed.
+  """
+  root = data_folder(data_dir)
   try:
     builder = make(root)
   except errors.UserError:
@@ -396,31 +418,36 @@ def _tfds(
   where = f"{builder.name} in {root}"
   if not builder.is_prepared():
     _prepare(builder, where)
-  infos = builder.info.splits
-  for split in splits.values():
-    if split not in infos:
-      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
-  files = [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
-  variant = f"{builder.version}-{label}" + (f"-{size}px" if size else "")
-  entry = cache.entry(builder.info.full_name, variant, os.path.abspath(builder.data_path), files)
-  return cache.load(entry, lambda: {ours: _read(builder, name, label, size, where) for ours, name in splits.items()})
+  return builder, where
 
 
 def _prepare(builder, where):
   import tensorflow_datasets as tfds
 
-  manual = pathlib.Path(builder.data_dir_root, "downloads", "manual")
+  downloads = pathlib.Path(builder.data_dir_root, "downloads")
+  manual = downloads / "manual"
+  archives = f"put {' and '.join(builder.url_infos)} into {manual}"
+  unfinished = lambda: set(downloads.glob(f"{builder.name}/**/*.tmp.*"))
+  before = unfinished()
   try:
     for url, info in builder.url_infos.items():
-      if not (manual / info.filename).is_file():  # TFDS itself tries for minutes where there is no network
+      path = manual / info.filename
+      if not path.is_file():  # TFDS itself tries for minutes where there is no network
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
+      elif (found := tfds.download.checksums.compute_url_info(path)) != info:
+        raise errors.UserError(
+          f"{path}: {found.size:,} bytes with SHA-256 {found.checksum}, expected {info.size:,} and {info.checksum}: "
+          f"half-downloaded, damaged or another file; remove it, and {archives} again"
+        )
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+  except errors.UserError:
+    raise
   except Exception as error:  # TFDS and what it calls raise dozens of types
-    archives = " and ".join(builder.url_infos)
+    for path in unfinished() - before:
+      shutil.rmtree(path, ignore_errors=True)
     raise errors.UserError(
       f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
-      f"network, or put {archives} into {manual}, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has "
-      f"it; {TRY_DIGITS}"
+      f"network, or {archives}, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it; {TRY_DIGITS}"
     ) from error
 
 

@@ -3,17 +3,15 @@
 Read through TensorFlow Datasets, and prepared, where that has not been done, without TensorFlow.
 """
 
-import os
 import pathlib
 import re
 import tarfile
-import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import cache
+from lra_jax.data import cache, sources
 from lra_jax.data.sources import Split
 
 VOCAB_SIZE = 257  # 256 bytes, and 0 for padding
@@ -39,28 +37,14 @@ def load(data_dir: str | None = None, max_length: int = 4096, validation: str | 
   """
   if validation not in (None, "test"):
     raise errors.UserError(f"validation={validation!r} of text: expected None, to carve it, or 'test'")
-  builder = _builder(data_dir)
-  where = f"imdb_reviews in {builder.data_dir}"
-  if not builder.is_prepared():
-    import tensorflow_datasets as tfds
-
-    try:
-      for url in builder.url_infos:  # TFDS itself tries for minutes where there is no network
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    except Exception as error:  # TFDS and what it calls raise dozens of types
-      raise errors.UserError(
-        f"{where}: not prepared, and preparing it failed ({errors.first_line(error)}); run this once where there is "
-        "network, or set TFDS_DATA_DIR or --config.task.data_dir to a folder that has it"
-      ) from error
+  builder, where = sources.open_tfds(data_dir, _builder)
   files = sorted(pathlib.Path(builder.data_path).glob("*array_record*"))
   entry = cache.entry("text", f"length{max_length}", str(builder.data_path), files)
-  splits = cache.load(entry, lambda: _read(builder, max_length))
+  splits = cache.load(entry, lambda: _read(builder, max_length, where))
   return splits | {"validation": splits["test"]} if validation else splits
 
 
-def _read(builder, max_length):
-  where = f"imdb_reviews in {builder.data_dir}"
+def _read(builder, max_length, where):
   splits = {}
   for name in ("train", "test"):
     try:
@@ -68,6 +52,8 @@ def _read(builder, max_length):
       examples = source.__getitems__(list(range(len(source))))
       inputs, lengths = encode([example["text"] for example in examples], max_length)
       labels = np.array([example["label"] for example in examples], np.int32)
+    except MemoryError:
+      raise
     except Exception as error:
       raise errors.UserError(
         f"{where}: split {name!r} cannot be read ({errors.first_line(error)}); remove the folder so that it is "
@@ -80,11 +66,6 @@ def _read(builder, max_length):
       )
     splits[name] = Split(inputs, labels, lengths)
   return splits
-
-
-def data_folder(data_dir: str | None) -> pathlib.Path:
-  """The folder of all data: as given; None or "" for $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-  return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def encode(texts: Sequence[bytes], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,4 +125,4 @@ def _builder(data_dir):
             label = -1 if match[1] == "unsup" else match[1]
             yield member.name, {"text": tar.extractfile(member).read().strip(), "label": label}
 
-  return ImdbReviews(data_dir=data_folder(data_dir), file_format="array_record")
+  return ImdbReviews(data_dir=data_dir, file_format="array_record")

@@ -1,21 +1,27 @@
 """Splits, order of the data, CIFAR-10 prepared from a real archive over HTTP."""
 
 import functools
-import hashlib
-import http.server
 import io
 import os
 import pathlib
 import tarfile
-import threading
 
 import jax
+import machine
 import numpy as np
 import pytest
 
 from configs import common
 from lra_jax import errors
 from lra_jax.data import augment, resident, sources, tasks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_cache(tmp_path_factory):
+  """Nothing is read that the user has cached; the tests of real data share one."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("LRA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
 
 
 def test_digits_are_scikit_learns_split_in_two():
@@ -150,33 +156,14 @@ def cifar_server(cifar_archive, monkeypatch):
   import tensorflow_datasets as tfds
 
   records, content = cifar_archive
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-      self.send_response(200)
-      self.send_header("Content-Length", str(len(content)))
-      self.end_headers()
-      if self.command == "GET":
-        self.wfile.write(content)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-      pass
-
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
-  info = tfds.download.checksums.UrlInfo(
-    size=tfds.core.utils.Size(len(content)), checksum=hashlib.sha256(content).hexdigest(), filename="cifar.tar.gz"
-  )
-  original = tfds.image_classification.Cifar10
-  published = original._cifar_info.fget
-  monkeypatch.setattr(original, "_cifar_info", property(lambda self: published(self)._replace(url=url)))
-  monkeypatch.setattr(original, "url_infos", {url: info})
-  yield records
-  server.shutdown()
-  server.server_close()
+  files = {"cifar-10-binary.tar.gz": content}
+  with machine.serve(files) as address:
+    original = tfds.image_classification.Cifar10
+    published = original._cifar_info.fget
+    url = address + "cifar-10-binary.tar.gz"
+    monkeypatch.setattr(original, "_cifar_info", property(lambda self: published(self)._replace(url=url)))
+    monkeypatch.setattr(original, "url_infos", machine.url_infos(files, address))
+    yield records
 
 
 @pytest.mark.filterwarnings("ignore")  # TFDS's own

@@ -4,6 +4,7 @@ import random
 import re
 import statistics
 
+import machine
 import numpy as np
 import pytest
 
@@ -240,3 +241,15 @@ def test_missing_file_and_missing_header_are_named(folder):
   (folder / "basic_test.tsv").write_bytes(b"")
   with pytest.raises(errors.UserError, match=r"basic_test\.tsv:1: expected the header"):
     listops.load(str(folder.parent))
+
+
+def test_file_that_may_not_be_read_is_named():
+  with machine.open_folder() as folder:
+    (folder / "listops").mkdir()
+    for name in ("train", "val", "test"):
+      (folder / "listops" / f"basic_{name}.tsv").write_text("Source\tTarget\n")
+    path = folder / "listops" / "basic_train.tsv"
+    path.chmod(0)
+    with machine.plain_user(), pytest.raises(errors.UserError) as refusal:
+      listops.load(str(folder))
+    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); make it readable"

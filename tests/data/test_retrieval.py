@@ -2,6 +2,7 @@
 
 import re
 
+import machine
 import numpy as np
 import pytest
 
@@ -116,3 +117,17 @@ def test_cut_off_and_empty_files_are_named(folder):
   path.write_bytes(b"")
   with pytest.raises(errors.UserError, match=r"train\.tsv: empty"):
     retrieval.load(str(folder))
+
+
+def test_what_may_not_be_read_is_named():
+  with machine.open_folder() as folder:
+    for name in ("train", "eval", "test"):
+      (folder / f"new_aan_pairs.{name}.tsv").write_bytes(lines(ROWS))
+    path = folder / "new_aan_pairs.test.tsv"
+    path.chmod(0)
+    with machine.plain_user(), pytest.raises(errors.UserError) as refusal:
+      retrieval.load(str(folder))
+    assert str(refusal.value) == f"{path}: cannot be read (Permission denied); make it readable"
+    folder.chmod(0)
+    with machine.plain_user(), pytest.raises(errors.UserError, match=r"train\.tsv, [^\n]* missing; "):
+      retrieval.load(str(folder))

@@ -1,14 +1,12 @@
 """IMDb reviews: an archive of the published layout over HTTP, prepared without TensorFlow, and the real data."""
 
-import hashlib
-import http.server
 import io
 import os
 import pathlib
 import sys
 import tarfile
-import threading
 
+import machine
 import numpy as np
 import pytest
 
@@ -79,31 +77,10 @@ def server(archive, monkeypatch):
   """Serves the archive on localhost and points TFDS's size and checksum there; yields what it serves, to be changed."""
   import tensorflow_datasets as tfds
 
-  served = {"content": archive}
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-      self.send_response(200)
-      self.send_header("Content-Length", str(len(archive)))
-      self.end_headers()
-      if self.command == "GET":
-        self.wfile.write(served["content"])
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-      pass
-
-  httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  threading.Thread(target=httpd.serve_forever, daemon=True).start()
-  info = tfds.download.checksums.UrlInfo(
-    size=tfds.core.utils.Size(len(archive)), checksum=hashlib.sha256(archive).hexdigest(), filename="aclImdb_v1.tar.gz"
-  )
-  url = f"http://127.0.0.1:{httpd.server_port}/aclImdb_v1.tar.gz"
-  monkeypatch.setattr(tfds.builder_cls("imdb_reviews"), "url_infos", {url: info})
-  yield served
-  httpd.shutdown()
-  httpd.server_close()
+  files = {"aclImdb_v1.tar.gz": archive}
+  with machine.serve(files) as address:
+    monkeypatch.setattr(tfds.builder_cls("imdb_reviews"), "url_infos", machine.url_infos(files, address))
+    yield files
 
 
 def contents(folder):
@@ -168,18 +145,45 @@ def half(content):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("damage", [broken_checksum, half])
 def test_damaged_download_is_named_and_leaves_nothing(server, tmp_path, damage):
-  server["content"] = damage(server["content"])
+  (name,) = server
+  server[name] = damage(server[name])
   with pytest.raises(errors.UserError, match=r"^imdb_reviews in [^\n]*: not prepared, and preparing it failed[^\n]*$"):
     text.load(str(tmp_path))
-  assert not [path for path in tmp_path.rglob("*array_record*") if path.is_file()]
   assert not (tmp_path / "imdb_reviews" / "plain_text" / "1.0.0").exists()
+  left = [path for path in tmp_path.rglob("*") if path.is_file()]  # TFDS's note which configuration is the default
+  assert [path.name for path in left] == ["metadata.json"] and not list(tmp_path.rglob("*.tmp.*")), left
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("damage", [broken_checksum, half])
+def test_archive_put_there_by_hand_is_checked_and_used(server, tmp_path, damage):
+  (name,) = server
+  manual = tmp_path / "downloads" / "manual"
+  manual.mkdir(parents=True)
+  whole = server.pop(name)  # nothing to download
+  (manual / name).write_bytes(damage(whole))
+  with pytest.raises(errors.UserError, match=rf"^{manual / name}: [^\n]*SHA-256 [^\n]*remove it, and put http[^\n]*$"):
+    text.load(str(tmp_path))
+  assert contents(tmp_path) == ["downloads", "downloads/manual", f"downloads/manual/{name}"]
+  (manual / name).write_bytes(whole)
+  assert len(text.load(str(tmp_path))["test"].labels) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_format_is_named(server, tmp_path):
+  text.load(str(tmp_path))
+  (info,) = tmp_path.glob("imdb_reviews/plain_text/1.0.0/dataset_info.json")
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(errors.UserError, match=r"cannot be opened [^\n]*it must be prepared as array_record[^\n]*$"):
+    text.load(str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_without_network_the_line_says_what_to_do(monkeypatch, tmp_path):
   import tensorflow_datasets as tfds
 
-  monkeypatch.setattr(tfds.builder_cls("imdb_reviews"), "url_infos", {"http://127.0.0.1:9/aclImdb_v1.tar.gz": None})
+  infos = machine.url_infos({"aclImdb_v1.tar.gz": b""}, "http://127.0.0.1:9/")
+  monkeypatch.setattr(tfds.builder_cls("imdb_reviews"), "url_infos", infos)
   with pytest.raises(errors.UserError, match=r"preparing it failed \(URLError[^\n]*set TFDS_DATA_DIR or --config"):
     text.load(str(tmp_path))
 

@@ -88,7 +88,8 @@ def list_tiny_imagenet(path: str | os.PathLike) -> Listing:
     path: the folder with wnids.txt, words.txt, train/<wnid>/images/* and val/images/* with val/val_annotations.txt.
 
   Raises:
-    UserError: a file or folder is missing, cannot be read, or names a class or a picture that is not there.
+    UserError: a file or folder is missing, cannot be read, or names a class or a picture that is not there; a class has
+      no pictures to train on.
   """
   path = pathlib.Path(path).expanduser()
   _check_folder(path, "wnids.txt, words.txt, train and val of tiny-imagenet-200.zip")
@@ -98,7 +99,10 @@ def list_tiny_imagenet(path: str | os.PathLike) -> Listing:
   for label, wnid in enumerate(wnids):
     folder = path / "train" / wnid / "images"
     _check_folder(folder, "its pictures, of a class of wnids.txt")
-    train += [(str(folder / name), label) for name in _pictures(folder)]
+    found = _pictures(folder)
+    if not found:
+      raise errors.UserError(f"{folder}: no pictures of a class of wnids.txt; unpack tiny-imagenet-200.zip anew")
+    train += [(str(folder / name), label) for name in found]
   folder = path / "val" / "images"
   _check_folder(folder, "the pictures of val_annotations.txt")
   labels = tiny_imagenet_labels(_text(annotations), wnids, annotations)

@@ -42,7 +42,7 @@ def decode(content: bytes, where: str, channels: int = 3) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
       image.load()
-      image = ImageOps.exif_transpose(image)
+      ImageOps.exif_transpose(image, in_place=True)
       if image.mode.startswith("I"):  # 16 bits; one grey may be transparent
         grey = np.asarray(image)
         grey = np.where(grey == image.info.get("transparency", -1), 0, grey)
@@ -50,7 +50,9 @@ def decode(content: bytes, where: str, channels: int = 3) -> np.ndarray:
       if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-      image = image.convert("L" if channels == 1 else "RGB")
+      mode = "L" if channels == 1 else "RGB"
+      if image.mode != mode:  # else it would be copied
+        image = image.convert(mode)
       return np.asarray(image).reshape(image.height, image.width, channels)
   except MemoryError:
     raise

@@ -1,6 +1,7 @@
 """Where bytes come from: scikit-learn's digits inside its package, and TensorFlow Datasets without TensorFlow."""
 
 import concurrent.futures
+import glob
 import gzip
 import io
 import os
@@ -143,7 +144,8 @@ def tiny_imagenet_names(data_dir: str | None = None) -> tuple[str, ...]:
   for path in (root, root / "tiny-imagenet-200"):
     if os.path.isfile(path / "wnids.txt"):
       return folders.list_tiny_imagenet(path).class_names
-  return tuple(_tiny_imagenet(root).info.features["label"].names or map(str, range(200)))
+  names = _tiny_imagenet(root).info.features["label"].names or map(str, range(200))
+  return tuple(name.partition(" ")[2] or name for name in names)  # behind the WordNet id
 
 
 def imagenet2012_names(data_dir: str | None = None) -> tuple[str, ...]:
@@ -268,9 +270,9 @@ def _read_idx(path):
   """Array from a packed IDX file: 0, 0, 8 for uint8, the number of axes, their sizes in 32 bits, the values."""
   with gzip.open(path) as file:
     content = file.read()
-  axes = content[3]
   if content[:3] != b"\0\0\x08":
     raise ValueError(f"{os.path.basename(path)} is no IDX file of bytes")
+  axes = content[3]
   return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">u4", axes, offset=4))
 
 
@@ -427,12 +429,13 @@ def _prepare(builder, where):
   downloads = pathlib.Path(builder.data_dir_root, "downloads")
   manual = downloads / "manual"
   archives = f"put {' and '.join(builder.url_infos)} into {manual}"
-  unfinished = lambda: set(downloads.glob(f"{builder.name}/**/*.tmp.*"))
+  pattern = os.path.join(glob.escape(os.fspath(downloads)), builder.name, "**", "*.tmp.*")
+  unfinished = lambda: set(glob.glob(pattern, recursive=True))
   before = unfinished()
   try:
     for url, info in builder.url_infos.items():
       path = manual / info.filename
-      if not path.is_file():  # TFDS itself tries for minutes where there is no network
+      if not os.path.isfile(path):  # TFDS itself tries for minutes where there is no network
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
       elif (found := tfds.download.checksums.compute_url_info(path)) != info:
         raise errors.UserError(
@@ -451,7 +454,7 @@ def _prepare(builder, where):
     ) from error
 
 
-_RECORDS = 1024  # read at a time
+_CHUNK = 64  # records that one thread takes at a time
 
 
 def _read(builder, split, label, size, where):
@@ -467,16 +470,15 @@ def _read(builder, split, label, size, where):
     images = np.empty((len(source), height, width, channels), np.uint8)
     labels = np.empty(len(source), np.int32)
 
-    def decode(index, content):
-      image = pictures.decode(content, f"example {index}", channels)
-      images[index] = pictures.resize_and_crop(image, size) if size else image
+    def decode_chunk(start):
+      examples = source.__getitems__(list(range(start, min(start + _CHUNK, len(source)))))
+      for index, example in enumerate(examples, start):
+        image = pictures.decode(example["image"], f"example {index}", channels)
+        images[index] = pictures.resize_and_crop(image, size) if size else image
+        labels[index] = example[label]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      for start in range(0, len(source), _RECORDS):
-        indices = range(start, min(start + _RECORDS, len(source)))
-        examples = source.__getitems__(list(indices))
-        labels[indices] = [example[label] for example in examples]
-        list(pool.map(decode, indices, [example["image"] for example in examples]))
+      list(pool.map(decode_chunk, range(0, len(source), _CHUNK)))
   except MemoryError:
     raise
   except Exception as error:

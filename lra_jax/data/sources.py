@@ -419,7 +419,12 @@ def open_tfds(data_dir: str | None, make: Callable[[pathlib.Path], Any]) -> tupl
     ) from error
   where = f"{builder.name} in {root}"
   if not builder.is_prepared():
-    _prepare(builder, where)
+    try:
+      _prepare(builder, where)
+    except errors.UserError:
+      builder = make(root)
+      if not builder.is_prepared():  # else another process was faster
+        raise
   return builder, where
 
 

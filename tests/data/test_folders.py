@@ -241,6 +241,12 @@ def test_order_is_kept_by_threads(tmp_path, monkeypatch):
   assert [str(error).split(":")[0] for error in failed] == [str(tmp_path / "9.png")]
 
 
+def test_command_ends_with_one_line(pets, refused, tmp_path):
+  zero_bytes(pets)
+  line = refused("lra_jax.data.show", f"folder:{pets}", "--out", tmp_path / "sheet.png")
+  assert f"{pets}/train/cat/b.png: file of zero bytes" in line and not (tmp_path / "sheet.png").exists()
+
+
 def jpeg(level, mode="RGB", size=64):
   buffer = io.BytesIO()
   Image.new("L", (size, size), level).convert(mode).save(buffer, "JPEG", quality=95)

@@ -226,6 +226,26 @@ def test_downloaded_and_then_read_from_the_cache(name, tmp_path, monkeypatch):
       np.testing.assert_array_equal(ours, truth)
 
 
+def test_another_process_may_prepare_the_same_meanwhile(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  publish(monkeypatch, "mnist", WHOLE["mnist"])
+  put(tmp_path, WHOLE["mnist"])
+  prepare = tfds.core.GeneratorBasedBuilder._download_and_prepare
+  others = []
+
+  def prepare_late(self, *arguments, **keywords):
+    if not others:
+      others.append(None)
+      others.append(sources.mnist(str(tmp_path)))
+    return prepare(self, *arguments, **keywords)
+
+  monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "_download_and_prepare", prepare_late)
+  ours = sources.mnist(str(tmp_path))
+  np.testing.assert_array_equal(ours["train"].inputs, others[1]["train"].inputs)
+  assert [path.name for path in (tmp_path / "mnist").iterdir()] == [VERSIONS["mnist"]]
+
+
 def files_below(folder):
   return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 

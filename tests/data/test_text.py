@@ -197,6 +197,16 @@ def test_truncated_records_are_named(server, tmp_path):
     text.load(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_label_that_is_no_class_is_named(tmp_path):
+  builder = text._builder(tmp_path)
+  examples = lambda label: iter([("a", {"text": b"a", "label": label})])
+  builder._split_generators = lambda manager: {"train": examples("pos"), "test": examples(-1)}
+  builder.download_and_prepare()
+  with pytest.raises(errors.UserError, match=r"split 'test' has the label -1, expected 0 or 1; remove the folder"):
+    text.load(str(tmp_path))
+
+
 def test_unknown_validation_is_named():
   with pytest.raises(errors.UserError, match="validation='dev' of text: expected None, to carve it, or 'test'"):
     text.load(validation="dev")

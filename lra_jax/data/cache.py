@@ -21,7 +21,7 @@ import numpy as np
 from lra_jax import errors
 from lra_jax.data.sources import Split
 
-_FORMAT = 1  # of the entries; another number where what is stored for the same source changes
+_FORMAT = 2  # of the entries; another number where what is stored for the same source changes
 _DAY = 24 * 60 * 60  # seconds; no entry takes as long to write
 
 
@@ -116,10 +116,8 @@ def _read(entry):
   splits = {}
   for split, arrays in json.loads((entry / "contents.json").read_text()).items():
     fields = dict.fromkeys(Split._fields)
-    for field, (dtype, shape, size) in arrays.items():
+    for field, (dtype, shape) in arrays.items():
       path = entry / f"{split}.{field}.npy"
-      if path.stat().st_size != size:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, expected {size:,}")
       array = np.asarray(np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False))
       if array.dtype.str != dtype or list(array.shape) != shape:
         raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, expected {dtype} {shape}")
@@ -139,8 +137,8 @@ def _store(entry, splits):
       contents[split] = {}
       for field, array in arrays._asdict().items():
         if array is not None:
-          size = _write(temporary / f"{split}.{field}.npy", np.ascontiguousarray(array))
-          contents[split][field] = (array.dtype.str, array.shape, size)
+          _write(temporary / f"{split}.{field}.npy", np.ascontiguousarray(array))
+          contents[split][field] = (array.dtype.str, array.shape)
     with open(temporary / "contents.json", "w") as file:
       json.dump(contents, file)
       _sync(file)
@@ -179,7 +177,6 @@ def _write(path, array):
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.reshape(-1).view(np.uint8).data)  # not np.save, which says nothing of a full disk
     _sync(file)
-    return file.tell()
 
 
 def _sync(file):

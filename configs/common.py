@@ -163,6 +163,8 @@ def base(model: str, task: str) -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of initialisation, order of the data, augmentation and dropout
 
+  c.deterministic = False  # on a GPU: the same bits in every run, slower; on a CPU they always are
+
   c.model = ConfigDict()  # arguments of lra_jax.models.create
   c.model.name = model
   c.model.init = "paper"  # or "xavier", "he": what the weight matrices are drawn from
@@ -223,6 +225,8 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.momentum = 0.9  # of sgd
   c.optim.nesterov = True  # of sgd
   c.optim.clip_norm = 1.0  # global norm of the gradient; 0 for off
+  c.optim.skip_limit = 0  # steps in a row that may be skipped for a loss or gradient that is not finite; 0: none is
+  c.optim.skip_above = 0.0  # norm of the gradient above which they are skipped as well; 0 for off
   c.optim.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0 for off
 
   c.optim.schedule = ConfigDict()
@@ -252,7 +256,9 @@ def base(model: str, task: str) -> ConfigDict:
   c.checkpoint.keep = 2  # newest ones; the best is kept besides
 
   c.parallel = ConfigDict()
-  c.parallel.data = -1  # devices the batch is split over; -1 for all
+  c.parallel.data = -1  # groups of devices the batch is split over; -1 for all there are
+  c.parallel.fsdp = 1  # devices of a group: each has a part of parameters, optimizer state and averages
+  c.parallel.watchdog_seconds = 0.0  # without progress until every process shows its stacks and ends; 0 for never
   return c
 
 

@@ -37,7 +37,7 @@ def lra_jax_step():
   import numpy as np
 
   from configs import common
-  from lra_jax import models, parallel, train, twins
+  from lra_jax import models, parallel, step, twins
   from lra_jax.data import resident, sources, tasks
 
   name = _MODEL.value
@@ -58,19 +58,18 @@ def lra_jax_step():
   split = sources.Split(
     random.randint(0, 256, (_BATCH.value, *shape)).astype(np.uint8), np.arange(_BATCH.value, dtype=np.int32) % CLASSES
   )
-  data = resident.put(split, parallel.replicated(mesh))
+  data = resident.put(split, mesh)
   schedule = lambda step: 1e-3
-  graphdef, state, optimizer = train.init_state(config, task, schedule)
-  state = jax.device_put(state, parallel.replicated(mesh))
-  call = train.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
+  graphdef, state, optimizer = step.init_state(config, task, schedule, mesh)
+  call = step.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
   indices = np.arange(_BATCH.value, dtype=np.int32)[None]
 
-  def step():
+  def run():
     nonlocal state
     state, values = call(state, data, indices)
     jax.block_until_ready(values)
 
-  return step
+  return run
 
 
 def torch_step():
@@ -89,13 +88,13 @@ def torch_step():
     model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
   labels = torch.arange(_BATCH.value) % CLASSES
 
-  def step():
+  def run():
     optimizer.zero_grad(set_to_none=True)
     torch.nn.functional.cross_entropy(logits_of(model(inputs)), labels).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
-  return step
+  return run
 
 
 CONTESTANTS = {"lra_jax": lra_jax_step, "torch": torch_step}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -15,7 +16,7 @@ from lra_jax import errors
 
 
 class Restored(NamedTuple):
-  """Step of a checkpoint, its state as NumPy arrays, and what the host keeps beside it."""
+  """Step of a checkpoint, its state, and what the host keeps beside it."""
 
   step: int
   state: Any
@@ -36,38 +37,47 @@ class Checkpoints:
       item_handlers={"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()},
     )
 
-  def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
-    """Copies the state to the host and writes it in the background.
+  def save(self, step: int, state: Any, host: dict[str, Any]) -> str | None:
+    """Copies the state to the host and writes it in the background, every process what its devices have.
 
     Args:
       step: number of the checkpoint.
       state: pytree of arrays; may be donated as soon as this returns.
       host: JSON-compatible values; its "best_step" names the checkpoint to be kept beside the newest.
+
+    Returns:
+      What was wrong, with this one or in the background with the one before, in one line; None where nothing was.
     """
-    state = jax.tree.map(lambda x: np.array(jax.device_get(x)), state)
     self._policy.best = host["best_step"]
-    host = host | {"sha256": sha256(state)}
+    host = host | {"checksum": checksum(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
-    self._manager.save(step, args=args)
+    try:
+      self._manager.save(step, args=args)
+    except Exception as error:  # a full disk, a folder that is gone: Orbax passes on dozens of types
+      return errors.first_line(error)
+    return None
 
   def restore(self, step: int, like: Any | None = None) -> Restored:
     """Reads and verifies one checkpoint.
 
     Args:
       step: which.
-      like: a pytree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes expected; None takes
-        nested dicts and lists as they were written.
+      like: a pytree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes and dtypes expected. Where these
+        have shardings the result has them, whatever the devices that wrote it; else it is of NumPy arrays. None takes
+        nested dicts and lists as they were written, of NumPy arrays.
 
     Raises:
       Exception: of any type, where the files are damaged.
     """
     if like is None:
       like = self._manager.item_metadata(step)["state"]
-    like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+      like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    else:
+      like = jax.tree.map(_abstract, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
     result = self._manager.restore(step, args=args)
     host = dict(result["host"])
-    if host.pop("sha256") != sha256(result["state"]):
+    if host.pop("checksum") != checksum(result["state"]):
       raise ValueError("its checksum does not match its content")
     return Restored(step, result["state"], host)
 
@@ -116,6 +126,49 @@ class _NewestAndBest:
     del context
     newest = {info.step for info in checkpoints[-self.keep :]}
     return [info.step in newest or info.step == self.best for info in checkpoints]
+
+
+def _abstract(leaf):
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    return np.empty(leaf.shape, leaf.dtype)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def checksum(tree: Any) -> str:
+  """32 hexadecimal digits that depend on every bit of all arrays, and on nothing else: not on where the arrays lie.
+
+  On the devices every element is mixed with its position, by the finaliser of MurmurHash3 (Appleby 2011), and all are
+  added up in integers, so that parts can be added in any order.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
+  sums = jax.device_get(_sums([leaf for _, leaf in named]))
+  digest = hashlib.sha256()
+  for (name, leaf), pair in zip(named, sums, strict=True):
+    digest.update(f"{name} {leaf.dtype} {leaf.shape} {pair.tolist()}\n".encode())
+  return digest.hexdigest()[:32]
+
+
+@jax.jit
+def _sums(leaves):
+  def mix(x):
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+      x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+  def one(leaf):
+    leaf = jnp.asarray(leaf)
+    if leaf.dtype == jnp.bool:
+      leaf = leaf.astype(jnp.uint8)
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):  # its number in C order, without an array that XLA could not split
+      place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.stack([mix(bits ^ mix(place + jnp.uint32(seed))).sum(dtype=jnp.uint32) for seed in (1, 0x9E3779B9)])
+
+  return [one(leaf) for leaf in leaves]
 
 
 def sha256(tree: Any) -> str:

@@ -34,14 +34,14 @@ TIMED_HEADER = _COLUMNS + "ms a step | examples/s | kernels |\n|---|---|---|---|
 
 def _prepare(settings, examples: int, mesh, platform: str):
   """(a function that makes the call that `train` would make for one step, the task, the state, the batch size)."""
-  from lra_jax import optim, train
+  from lra_jax import optim, step, train
   from lra_jax.data import tasks
 
   task = tasks.of(settings.task)
   plan = train.Plan.make(settings, examples, 1, platform)
   schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
-  graphdef, state, optimizer = train.init_state(settings, task, schedule)
-  make = functools.partial(train.make_train_call, settings, task, graphdef, optimizer, schedule, 1, mesh)
+  graphdef, state, optimizer = step.init_state(settings, task, schedule)
+  make = functools.partial(step.make_train_call, settings, task, graphdef, optimizer, schedule, 1, mesh)
   return make, task, state, plan.batch_size
 
 
@@ -103,7 +103,7 @@ def time_step(settings, examples: int, steps: int):
   lengths = None
   if task.image_shape is None:
     lengths = random.randint(1, task.stored_shape[-1] + 1, (examples, *task.stored_shape[:-1]), np.int32)
-  data = resident.put(sources.Split(inputs, labels, lengths), whole)
+  data = resident.put(sources.Split(inputs, labels, lengths), mesh)
   indices = jax.device_put(random.randint(0, examples, (1, batch), np.int32), whole)
   with dispatch.recording() as choices:
     traced = make().trace(state, data, indices)

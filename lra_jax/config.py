@@ -13,8 +13,9 @@ from ml_collections import config_flags
 
 from lra_jax import errors
 
-# Fields that may differ between two starts of one run: they say where things are, not what is computed.
-NOT_IDENTITY = ("task.data_dir",)
+# Fields that may differ between two starts of one run: they say where things are and how they are split over devices,
+# not what is computed.
+NOT_IDENTITY = ("task.data_dir", "parallel.data", "parallel.fsdp", "parallel.watchdog_seconds")
 
 
 def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.ConfigDict:
@@ -137,6 +138,12 @@ def differences(old: str, new: str) -> list[str]:
     for name in sorted(old.keys() | new.keys())
     if old.get(name, missing) != new.get(name, missing) and name not in NOT_IDENTITY
   ]
+
+
+def identity(config: ml_collections.ConfigDict) -> str:
+  """What makes a run this one, as JSON: all fields but those of `NOT_IDENTITY`."""
+  fields = flatten(config.to_dict())
+  return json.dumps({name: value for name, value in fields.items() if name not in NOT_IDENTITY}, sort_keys=True)
 
 
 if __name__ == "__main__":  # python -m lra_jax.config configs/X.py:task prints the resolved config

@@ -18,7 +18,7 @@ def main() -> None:
   errors.parse_flags(sys.argv, required=("workdir",))
   from flax import nnx
 
-  from lra_jax import parallel, runs, train
+  from lra_jax import parallel, runs, step
   from lra_jax.data import batches, resident, tasks
 
   parallel.keep_freed_memory()
@@ -29,15 +29,16 @@ def main() -> None:
   mesh = parallel.make_mesh(-1)
   graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
   weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}
-  call = train.make_eval_call(trained.config, trained.task, graphdef, mesh)
-  data = resident.put(splits[_SPLIT.value], parallel.replicated(mesh))
+  weights = parallel.put(weights, parallel.replicated(mesh))
+  call = step.make_eval_call(trained.config, trained.task, graphdef, mesh)
+  data = resident.put(splits[_SPLIT.value], mesh)
   drop_remainder = "drop_remainder" in trained.task.quirks
-  values, predictions, _ = train.evaluate(
+  values, predictions, _ = step.evaluate(
     call,
     weights,
     data,
     trained.config.eval.batch_size,
-    mesh.size,
+    mesh,
     drop_remainder,
     batches.buckets(trained.config, trained.task),
   )

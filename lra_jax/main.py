@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from lra_jax import config, errors
+from lra_jax import config, errors, xla_flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<model>-<task>-<hash of the config>.")
 
@@ -16,9 +16,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs
 def main() -> None:
   """Parses the flags and trains."""
   settings = config.parse_command_line(sys.argv)
-  from lra_jax import train  # JAX and the rest take seconds; a wrong flag should not
+  xla_flags.apply(settings.deterministic, (settings.parallel.data, settings.parallel.fsdp) != (1, 1))
+  from lra_jax import processes, train  # JAX and the rest take seconds; a wrong flag should not
 
-  train.train_and_evaluate(settings, _WORKDIR.value)
+  with processes.started():
+    train.train_and_evaluate(settings, _WORKDIR.value)
 
 
 if __name__ == "__main__":

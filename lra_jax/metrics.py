@@ -50,6 +50,22 @@ class Writer:
     self._events.close()
 
 
+class Silent:
+  """In the place of a `Writer` or a `Progress`, for a process that does not speak."""
+
+  def write(self, step: int, **values: float) -> None:
+    pass
+
+  def update(self, step: int, loss: float, accuracy: float) -> None:
+    pass
+
+  def say(self, line: str) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def _step_of(line: str) -> float:
   try:
     return json.loads(line)["step"]

@@ -1,5 +1,6 @@
 """The workdir: all of a run in one folder, and a trained model back from it."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from flax import nnx
 
-from lra_jax import checkpoint, errors, models
+from lra_jax import checkpoint, errors, models, processes
 from lra_jax import config as config_lib
 from lra_jax.data import tasks
 
@@ -24,19 +25,70 @@ PACKAGES = ("lra_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
   """runs/<model>-<task>-<hash of the config>: the same command finds the same folder."""
-  text = config_lib.to_json(config)
+  text = config_lib.identity(config)
   task = config.task.name.partition(":")[0]  # of a folder no path
   return pathlib.Path("runs") / f"{config.model.name}-{task}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+class Lock:
+  """One run at a time in a workdir: an advisory lock on `<workdir>/lock`, which the system frees when a process ends.
+
+  So a lock whose process was killed is free, and the file itself means nothing. On a shared file system it holds
+  between hosts where that passes locks on, as NFS 4 and Lustre (-o flock) do.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    """Args: workdir, which `acquire` needs to be there."""
+    self._path = pathlib.Path(workdir) / "lock"
+    self._file = None
+
+  def acquire(self) -> None:
+    """Takes the lock.
+
+    Raises:
+      UserError: another process has it; it is named.
+    """
+    file = open(self._path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      owner = file.read().strip() or "another process"
+      file.close()
+      raise errors.UserError(
+        f"--workdir {self._path.parent} is in use by {owner}; wait until it ends, stop it, or take another folder"
+      ) from error
+    except OSError:  # a file system without locks
+      file.close()
+      return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    self._file = file
+
+  def __enter__(self) -> "Lock":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._file is not None:
+      self._file.close()
+
+
+def open_workdir(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict, lock: Lock | None = None
+) -> dict[str, Any] | None:
   """Makes or enters a workdir; writes `config.json` and `environment.json`.
+
+  Args:
+    workdir: the folder.
+    config: of the run.
+    lock: to be taken before anything is written; not where the run is finished.
 
   Returns:
     The content of `result.json` where the run is finished, else None.
 
   Raises:
-    UserError: the folder belongs to a run of another config, or cannot be written.
+    UserError: the folder belongs to a run of another config, is in use, or cannot be written.
   """
   text = config_lib.to_json(config)
   path = workdir / "config.json"
@@ -49,15 +101,18 @@ def open_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> di
           f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another folder"
         )
     else:
-      others = [p.name for p in workdir.iterdir()]
+      others = [p.name for p in workdir.iterdir() if p.name != "lock"]
       if others:
         raise errors.UserError(
           f"--workdir {workdir} has no config.json but other files ({others[0]}); take an empty folder"
         )
-      write_atomically(path, text)
     result = workdir / "result.json"
     if result.exists():
       return json.loads(result.read_text())
+    if lock is not None:
+      lock.acquire()
+    if not path.exists():
+      write_atomically(path, text)
     write_atomically(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
   except OSError as error:
     raise errors.UserError(f"--workdir {workdir} cannot be used ({error.strerror}: {error.filename})") from error
@@ -119,7 +174,8 @@ def task_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tasks.T
   if path.is_file():
     return tasks.of(config.task, tuple(json.loads(path.read_text())))
   task = tasks.of(config.task)
-  write_atomically(path, json.dumps(task.class_names, indent=1) + "\n")
+  if processes.is_main():
+    write_atomically(path, json.dumps(task.class_names, indent=1) + "\n")
   return task
 
 

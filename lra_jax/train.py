@@ -1,8 +1,7 @@
 """The whole run, top to bottom: mesh, data, model, state, restore, loop, test.
 
-Training state is one pytree of arrays: {"step", "params", "model_state", "opt_state", "ema", "plateau"}, the last two
-where the config asks for them. One call to the device runs `plan.steps_per_call` steps.
-Axes: B batch, S classes, M steps of a call.
+What a step does is in `step`. Every process of a run of several does the same here, on its own devices; process 0
+speaks and writes for all.
 """
 
 import dataclasses
@@ -11,22 +10,16 @@ import json
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from clu import parameter_overview
-from flax import nnx
 
-from kernels import dispatch
-from lra_jax import checkpoint, errors, flops, metrics, optim, parallel, report, runs
+from lra_jax import checkpoint, errors, metrics, optim, parallel, processes, report, runs
+from lra_jax import step as step_lib
 from lra_jax.data import batches, feed, resident, tasks
-
-# Randomness is a function of (seed, step, purpose); these are the purposes.
-AUGMENT, MIX, DROPOUT = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,206 +61,6 @@ class Plan:
     )
 
 
-def init_state(config, task, schedule) -> tuple[Any, Any, optax.GradientTransformation]:
-  """Returns the model's graph definition, the training state at step 0, and the optimizer."""
-  optimizer = optim.make_optimizer(config.optim, schedule)
-  # Not under jit: compiling every parameter's draw into one program takes far longer than one small program per shape.
-  graphdef, params, rest = nnx.split(runs.create_model(config, task), nnx.Param, ...)
-
-  def complete(params, rest):
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "model_state": rest}
-    state["opt_state"] = optimizer.init(params)
-    if config.optim.ema_decay:
-      state["ema"] = {"params": jax.tree.map(jnp.copy, params), "model_state": jax.tree.map(jnp.copy, rest)}
-    if config.optim.schedule.name == "plateau":
-      state["plateau"] = optim.make_plateau(config.optim).init(params)
-    return state
-
-  return graphdef, jax.jit(complete)(nnx.to_pure_dict(params), nnx.to_pure_dict(rest)), optimizer
-
-
-def make_train_call(config, task, graphdef, optimizer, schedule, steps: int, mesh, length: int | None = None):
-  """Returns `call(state, data, indices_MB) -> state, metrics`, M = `steps` training steps in one program.
-
-  Texts are cut to `length` tokens.
-  """
-  batches.check(config, task)
-  root = jax.random.key(config.seed)
-  parts = config.train.accumulate
-  batch_sharding = parallel.sharded(mesh)
-
-  def key_of(step, purpose):
-    return jax.random.fold_in(jax.random.fold_in(root, purpose), step)
-
-  def loss_fn(params, model_state, inputs, targets_BS, key):
-    model = nnx.merge(graphdef, params, model_state)
-    with dispatch.batches_split(mesh):
-      x, options = inputs
-      logits_BS = model(x, **options, train=True, rngs=nnx.Rngs(dropout=key))
-    loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
-    accuracy = (logits_BS.argmax(-1) == targets_BS.argmax(-1)).mean()
-    _, _, model_state = nnx.split(model, nnx.Param, ...)
-    return loss, (accuracy, nnx.to_pure_dict(model_state))
-
-  def gradients(params, model_state, inputs, targets_BS, key):
-    """Mean gradient over the batch, taken in `parts` parts; every part has examples of every device."""
-
-    def one(carry, part):
-      sums, model_state = carry
-      x, targets, index = part
-      grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-      (loss, (accuracy, model_state)), grads = grad_fn(params, model_state, x, targets, jax.random.fold_in(key, index))
-      return (jax.tree.map(jnp.add, sums, (grads, loss, accuracy)), model_state), None
-
-    split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), (inputs, targets_BS))
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-    carry = zeros, model_state
-    if mesh.devices.flat[0].platform == "cpu":  # no convolution in a loop there, not even in one of a single turn
-      for index in range(parts):
-        carry, _ = one(carry, (*jax.tree.map(lambda a, index=index: a[index], split), index))
-    else:
-      carry, _ = jax.lax.scan(one, carry, (*split, jnp.arange(parts)))
-    sums, model_state = carry
-    return *jax.tree.map(lambda a: a / parts, sums), model_state
-
-  def step(data, state, indices_B):
-    number = state["step"]
-    examples = batches.take(data, indices_B, batch_sharding, length)
-    inputs, targets_BS = batches.training(config, task, examples, key_of(number, AUGMENT), key_of(number, MIX))
-
-    grads, loss, accuracy, model_state = gradients(
-      state["params"], state["model_state"], inputs, targets_BS, key_of(number, DROPOUT)
-    )
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    rate = jnp.asarray(schedule(number), jnp.float32)
-    if "plateau" in state:
-      rate = rate * state["plateau"].scale
-      updates = jax.tree.map(lambda u: u * state["plateau"].scale, updates)
-    params = optax.apply_updates(state["params"], updates)
-    new = {"step": number + 1, "params": params, "model_state": model_state, "opt_state": opt_state}
-    if "ema" in state:
-      current = {"params": params, "model_state": model_state}
-      new["ema"] = optim.ema_update(state["ema"], current, number, config.optim.ema_decay)
-    values = {"loss": loss, "accuracy": accuracy, "gradient_norm": optax.tree.norm(grads), "learning_rate": rate}
-    return state | new, values
-
-  def call(state, data, indices_MB):
-    if steps == 1:
-      state, values = step(data, state, indices_MB[0])
-      return state, jax.tree.map(lambda v: v[None], values)
-    return jax.lax.scan(functools.partial(step, data), state, indices_MB)
-
-  whole = parallel.replicated(mesh)
-  return jax.jit(
-    call, donate_argnums=0, in_shardings=(whole, whole, parallel.sharded(mesh, 1)), out_shardings=(whole, whole)
-  )
-
-
-def make_eval_call(config, task, graphdef, mesh):
-  """Returns `call(weights, data, indices_B, mask_B, length) -> metrics, predictions_B, confidences_B`."""
-
-  def call(weights, data, indices_B, mask_B, length):
-    model = nnx.merge(graphdef, weights["params"], weights["model_state"])
-    examples = batches.take(data, indices_B, parallel.sharded(mesh), length)
-    x, options = batches.evaluation(config, task, examples)
-    with dispatch.batches_split(mesh):
-      logits_BS = model(x, **options)
-    labels_B = examples.labels
-    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)
-    totals = metrics.EvalMetrics.single_from_model_output(
-      logits=logits_BS, labels=labels_B, losses=losses_B, mask=mask_B
-    )
-    return totals, logits_BS.argmax(-1), jax.nn.softmax(logits_BS).max(-1)
-
-  whole, split = parallel.replicated(mesh), parallel.sharded(mesh)
-  return jax.jit(call, static_argnums=4, in_shardings=(whole, whole, split, split), out_shardings=whole)
-
-
-class Cost(NamedTuple):
-  """What compiling tells of a call: products' operations, bytes of memory, seconds of compiling, kernels' choices."""
-
-  operations: float
-  memory: int
-  seconds: float
-  kernels: dict[str, dict[str, str]]
-
-
-def compile_calls(make_call, state, feed) -> tuple[dict[int | None, Any], Cost]:
-  """Compiles the call of every length of a feed; says which kernels are taken.
-
-  Args:
-    make_call: `make_train_call` but for the length.
-    state: of the training.
-    feed: see `data.feed`.
-
-  Returns:
-    The calls by length, and the cost of the longest.
-
-  Raises:
-    UserError: a kernel was asked for that cannot serve.
-  """
-  start = time.perf_counter()
-  *shorter, longest = feed.lengths
-  arguments = state, feed.data, feed.abstract
-  make_longest = functools.partial(make_call, length=longest)
-  try:
-    with dispatch.recording() as choices:
-      traced = make_longest().trace(*arguments)
-  except dispatch.UnsupportedError as error:
-    raise errors.UserError(
-      f"config.model.implementation: {error}; without it the best that can serve is taken"
-    ) from error
-  for operation, implementations in choices.items():
-    for implementation, reason in implementations.items():
-      print(f"kernels.{operation}: {implementation} ({reason})")
-  operations = flops.count_call(make_longest, arguments, traced, choices)
-  calls = {length: make_call(length=length).trace(*arguments).lower().compile() for length in shorter}
-  calls[longest] = traced.lower().compile()
-  plan = calls[longest].memory_analysis()
-  memory = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes - plan.alias_size_in_bytes
-  return calls, Cost(operations, memory, time.perf_counter() - start, choices)
-
-
-def evaluate(
-  call,
-  weights,
-  data: resident.Resident,
-  batch_size: int,
-  devices: int,
-  drop_remainder: bool = False,
-  lengths: tuple[int, ...] = (),
-) -> tuple[dict, np.ndarray, np.ndarray]:
-  """Runs `call` over a split, every example once.
-
-  Args:
-    call: of `make_eval_call`.
-    weights: {"params", "model_state"}.
-    data: the split.
-    batch_size: examples of one call, at most.
-    devices: of which the batch size becomes a multiple.
-    drop_remainder: whole batches only.
-    lengths: as of `batches.buckets`; texts are evaluated in the order of theirs.
-
-  Returns:
-    {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each.
-  """
-  examples = len(data.labels)
-  batch_size = -(-min(batch_size, examples) // devices) * devices
-  if drop_remainder:
-    examples -= examples % batch_size
-  bucket = resident.bucket_of(np.asarray(data.lengths)[:examples], lengths) if lengths else np.zeros(examples, int)
-  order = np.argsort(bucket, kind="stable").astype(np.int32)
-  outputs = []
-  for places, mask in zip(*resident.eval_batches(examples, batch_size), strict=True):
-    length = lengths[bucket[order[places]].max()] if lengths else None
-    outputs.append(call(weights, data, order[places], mask, length))
-  outputs = jax.device_get(outputs)
-  totals = functools.reduce(lambda a, b: a.merge(b), (o[0] for o in outputs))
-  back = np.argsort(order)
-  predictions, confidences = (np.concatenate([o[i] for o in outputs])[:examples][back] for i in (1, 2))
-  return {name: float(value) for name, value in totals.compute().items()}, predictions, confidences
-
-
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib.Path | None = None) -> dict[str, Any]:
   """Trains, or resumes, or repeats the result of a finished run.
 
@@ -283,79 +76,104 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   """
   started = time.perf_counter()
   workdir = pathlib.Path(workdir) if workdir else runs.default_workdir(config)
-  result = runs.open_workdir(workdir, config)
-  if result is not None:
-    print(f"{workdir} is finished; its result:\n{json.dumps(result, indent=2)}")
-    return result
-  with runs.StopSignal() as stop:
-    return _train_and_test(config, workdir, stop, started)
+  with runs.Lock(workdir) as lock:
+    result = processes.on_main(lambda: runs.open_workdir(workdir, config, lock))
+    if result is not None:
+      if processes.is_main():
+        print(f"{workdir} is finished; its result:\n{json.dumps(result, indent=2)}")
+      return result
+    with runs.StopSignal() as stop, processes.ending_with_others():
+      return _train_and_test(config, workdir, stop, started)
 
 
 def _train_and_test(config, workdir, stop, started):
   """`train_and_evaluate` of a workdir that is open and not finished."""
   parallel.keep_freed_memory()
+  main = processes.is_main()
+  say = print if main else lambda *_: None
+  watchdog = processes.Watchdog(config.parallel.watchdog_seconds)
+  watchdog.alive()
 
   # What is trained on what.
-  mesh = parallel.make_mesh(config.parallel.data)
+  mesh = parallel.make_mesh(config.parallel.data, config.parallel.fsdp)
   whole = parallel.replicated(mesh)
   task = runs.task_of(config, workdir)
   splits = tasks.load(task, **runs.data_settings(config))
+  if jax.process_count() > 1:
+    processes.check_same("data", processes.digest_of(array for split in splits.values() for array in split))
+  in_parts = jax.process_count() > 1
   plan = Plan.make(config, len(splits["train"].labels), mesh.size, mesh.devices.flat[0].platform)
-  train_feed = feed.ResidentFeed(config, task, splits["train"], plan.batch_size, plan.steps_per_call, mesh)
-  held_out = {name: resident.put(splits[name], whole) for name in ("validation", "test")}
+  train_feed = feed.ResidentFeed(config, task, splits["train"], plan.batch_size, plan.steps_per_call, mesh, in_parts)
+  held_out = {name: resident.put(splits[name], mesh, in_parts) for name in ("validation", "test")}
   schedule = optim.make_schedule(config.optim, plan.steps, plan.steps_per_epoch)
-  graphdef, state, optimizer = init_state(config, task, schedule)
+  graphdef, state, optimizer = step_lib.init_state(config, task, schedule, mesh)
+  state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   parameters = int(parameter_overview.count_parameters(state["params"]))
   overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
-  (workdir / "parameters.txt").write_text(overview + "\n")
+  if main:
+    (workdir / "parameters.txt").write_text(overview + "\n")
   sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
-  print(overview)
-  print(f"{config.model.name} on {task.name}: {parameters:,} parameters; {sizes} examples; {parallel.describe(mesh)}")
+  say(overview)
+  say(f"{config.model.name} on {task.name}: {parameters:,} parameters; {sizes} examples; {parallel.describe(mesh)}")
 
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
   host = {"seed": config.seed, "best_step": None, "best_accuracy": -1.0, "best_loss": math.inf}
-  host |= {
-    "evaluations_since_best": 0,
-    "seconds": 0.0,
-    "eval_seconds": 0.0,
-    "input_seconds": 0.0,
-  }  # of the loop, over all starts of the run
-  restored = checkpoints.restore_newest(state, print)
+  host |= {"evaluations_since_best": 0, "skipped_in_a_row": 0}
+  host |= {"seconds": 0.0, "eval_seconds": 0.0, "input_seconds": 0.0}  # of the loop, over all starts of the run
+  restored = checkpoints.restore_newest(state, say)
   if restored is not None:
     state, host = restored.state, host | restored.host  # a field may be new
-    print(f"resuming at step {restored.step} of {plan.steps}")
+    say(f"resuming at step {restored.step} of {plan.steps}")
   first = restored.step if restored else 0
-  state = jax.device_put(state, whole)
 
   # Compiling before the loop tells what a step costs, and keeps its time out of the speed.
-  make_call = functools.partial(make_train_call, config, task, graphdef, optimizer, schedule, plan.steps_per_call, mesh)
-  train_calls, cost = compile_calls(make_call, state, train_feed)
-  eval_call = make_eval_call(config, task, graphdef, mesh)
+  make_call = functools.partial(
+    step_lib.make_train_call,
+    config,
+    task,
+    graphdef,
+    optimizer,
+    schedule,
+    plan.steps_per_call,
+    mesh,
+    shardings=(state_shardings, *train_feed.shardings),
+  )
+  train_calls, cost = step_lib.compile_calls(make_call, state, train_feed)
+  eval_call = step_lib.make_eval_call(config, task, graphdef, mesh)
   operations = cost.operations / plan.steps_per_call
-  print(
+  for operation, implementations in cost.kernels.items():
+    for implementation, reason in implementations.items():
+      say(f"kernels.{operation}: {implementation} ({reason})")
+  say(
     f"a step of {plan.batch_size} examples: {operations / 1e9:,.1f} GFLOP, {cost.memory / 2**20:,.0f} MiB peak memory "
     f"per device; compiled in {cost.seconds:.1f} s; {plan.steps} steps, {plan.steps_per_call} a call"
   )
 
-  writer = metrics.Writer(workdir, first)
-  progress = metrics.Progress(plan.steps, first, plan.batch_size)
+  writer = metrics.Writer(workdir, first) if main else metrics.Silent()
+  progress = metrics.Progress(plan.steps, first, plan.batch_size) if main else metrics.Silent()
+  agree = processes.Agreement(mesh)
   loop_start = last_saved = time.perf_counter()
   seconds_before = host["seconds"]
 
-  evaluation = config.eval.batch_size, mesh.size, "drop_remainder" in task.quirks, batches.buckets(config, task)
+  evaluation = config.eval.batch_size, mesh, "drop_remainder" in task.quirks, batches.buckets(config, task)
 
   def weights_of(state):
     return state.get("ema") or {"params": state["params"], "model_state": state["model_state"]}
 
   def save(step):
     host["seconds"] = seconds_before + time.perf_counter() - loop_start
-    checkpoints.save(step, state, host)
+    problem = checkpoints.save(step, state, host)
+    if problem:
+      progress.say(f"no checkpoint at step {step}, training goes on: {problem}")
 
   def read_metrics(step, values):
     """Fetches the metrics of the call that ended at `step`; waits for it."""
     values = jax.device_get(values)
+    watchdog.alive()
     good = np.isfinite(values["loss"]) & np.isfinite(values["gradient_norm"])
+    if "skipped" in values:
+      values, good = skip(step, values), np.ones(1, bool)
     if not good.all():
       bad = step - plan.steps_per_call + int(np.argmin(good)) + 1
       index = bad - step - 1
@@ -367,12 +185,29 @@ def _train_and_test(config, workdir, stop, started):
         f"--config.optim.learning_rate (now {config.optim.learning_rate}) or --config.optim.clip_norm"
       )
     means = {name: float(v.mean()) for name, v in values.items()}
+    if "skipped" in means:
+      means["skipped"] *= plan.steps_per_call  # how many
     writer.write(step, **{f"train/{name}": value for name, value in means.items()})
     progress.update(step, means["loss"], means["accuracy"])
 
-  step, pending, finished = first, None, first >= plan.steps or _stopped_early(config, host)
+  def skip(step, values):
+    """What is left of the metrics of a call without those of skipped steps, and counts these."""
+    for offset, skipped in enumerate(values["skipped"]):
+      host["skipped_in_a_row"] = host["skipped_in_a_row"] + 1 if skipped else 0
+      if host["skipped_in_a_row"] > config.optim.skip_limit:
+        raise errors.UserError(
+          f"{host['skipped_in_a_row']} steps in a row were skipped, to step {step - plan.steps_per_call + offset + 1}, "
+          f"more than config.optim.skip_limit={config.optim.skip_limit}; try a lower --config.optim.learning_rate (now "
+          f"{config.optim.learning_rate}) or a higher --config.optim.skip_above (now {config.optim.skip_above})"
+        )
+    kept = ~values["skipped"]
+    if not kept.any():
+      return {"loss": np.zeros(1), "accuracy": np.zeros(1), "skipped": values["skipped"]}
+    return {name: v if name == "skipped" else v[kept] for name, v in values.items()}
+
+  step, pending, finished, stopping = first, None, first >= plan.steps or _stopped_early(config, host), False
   try:
-    while not finished and not stop.requested:
+    while not finished and not stopping:
       input_start = time.perf_counter()
       length, inputs = train_feed(step)
       host["input_seconds"] += time.perf_counter() - input_start
@@ -381,13 +216,15 @@ def _train_and_test(config, workdir, stop, started):
       if pending is not None:
         read_metrics(*pending)  # of the call before: the device is busy with this one meanwhile
       pending = (step, step_metrics)
+      due = time.perf_counter() - last_saved >= config.checkpoint.every_seconds
+      stopping, due = agree(stop.requested, due and main)
 
       is_best = False
       if step % plan.eval_every == 0 or step == plan.steps:
         read_metrics(*pending)
         pending = None
         eval_start = time.perf_counter()
-        values, _, _ = evaluate(eval_call, weights_of(state), held_out["validation"], *evaluation)
+        values, _, _ = step_lib.evaluate(eval_call, weights_of(state), held_out["validation"], *evaluation)
         host["eval_seconds"] += time.perf_counter() - eval_start
         writer.write(step, **{f"validation/{name}": value for name, value in values.items()})
         progress.say(f"step {step}: validation accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
@@ -398,10 +235,11 @@ def _train_and_test(config, workdir, stop, started):
         host["evaluations_since_best"] = 0 if is_best else host["evaluations_since_best"] + 1
         if "plateau" in state:
           _, plateau = optim.make_plateau(config.optim).update({}, state["plateau"], value=values["loss"])
-          state["plateau"] = jax.device_put(plateau, whole)
+          state["plateau"] = parallel.put(jax.device_get(plateau), whole)
+        watchdog.alive()
         finished = step == plan.steps or _stopped_early(config, host)
 
-      if is_best or finished or time.perf_counter() - last_saved >= config.checkpoint.every_seconds:
+      if is_best or finished or due:
         if pending is not None:
           read_metrics(*pending)  # no checkpoint of a state that may be broken
           pending = None
@@ -413,10 +251,15 @@ def _train_and_test(config, workdir, stop, started):
       if step not in checkpoints.steps():
         save(step)
       checkpoints.wait()
+      if step not in checkpoints.steps():
+        raise errors.UserError(
+          f"stopped at step {step}, which could not be saved; the same command goes back to the newest checkpoint"
+        )
       progress.say(f"stopped by {stop.name} at step {step} of {plan.steps}; saved. The same command resumes.")
       return {}
 
     # The test split is looked at once, with the parameters that validation chose.
+    watchdog.stop()
     checkpoints.wait()
     try:
       best = checkpoints.restore(host["best_step"], state)
@@ -425,14 +268,14 @@ def _train_and_test(config, workdir, stop, started):
         f"the best checkpoint, {workdir}/checkpoints/{host['best_step']}, is damaged ({errors.first_line(error)}); "
         "`python -m lra_jax.evaluate` can use another"
       ) from error
-    weights = jax.device_put(weights_of(best.state), whole)
-    test, predictions, confidences = evaluate(eval_call, weights, held_out["test"], *evaluation)
+    test, predictions, confidences = step_lib.evaluate(eval_call, weights_of(best.state), held_out["test"], *evaluation)
   finally:
+    watchdog.stop()
     progress.close()
     writer.close()
     checkpoints.close()
 
-  stats = mesh.devices.flat[0].memory_stats() or {}
+  stats = mesh.local_devices[0].memory_stats() or {}
   result = {
     "model": config.model.name,
     "task": task.name,
@@ -451,8 +294,10 @@ def _train_and_test(config, workdir, stop, started):
     "gflop_per_step": round(operations / 1e9, 3),
     "kernels": cost.kernels,
     "device": parallel.describe(mesh),
-    "params_sha256": checkpoint.sha256(jax.device_get(state["params"])),
+    "params_sha256": checkpoint.sha256(parallel.fetch(state["params"])),
   }
+  if not main:
+    return result
   title = f"{config.model.name} on {task.name}, seed {config.seed}"
   report.draw(workdir, title, splits["test"], predictions, confidences, task)
   runs.write_atomically(workdir / "result.json", json.dumps(result, indent=2) + "\n")

@@ -13,8 +13,8 @@ from lra_jax import errors, parallel
 
 def test_mesh_takes_the_devices_asked_for():
   mesh = parallel.make_mesh(-1)
-  assert mesh.axis_names == ("data",) and mesh.size == len(jax.devices())
-  with pytest.raises(errors.UserError, match=r"config.parallel.data=99: there are \d+ devices; take -1"):
+  assert mesh.axis_names == ("data", "fsdp") and mesh.size == mesh.shape["data"] == len(jax.devices())
+  with pytest.raises(errors.UserError, match=r"config.parallel.data=99, fsdp=1: there are \d+ devices; take data=-1"):
     parallel.make_mesh(99)
 
 

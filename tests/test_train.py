@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import command, options
+from flax import nnx
 
 from configs import sequencer2d
 from kernels import dispatch
@@ -190,7 +191,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(refused, p
   kept = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
   assert step > 1 and kept == step - 1 and f"{workdir}/checkpoints/{kept}" in line
   weights = runs.load(workdir, "newest").model
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, train.nnx.state(weights))))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, nnx.state(weights))))
 
 
 def small_config(**fields):
@@ -278,7 +279,7 @@ def test_devices_that_do_not_divide_the_batch_are_refused(refused, tmp_path):
                  env={"JAX_NUM_CPU_DEVICES": "8"})  # fmt: skip
   assert "batch_size=36 must be a multiple of 8 devices × accumulate=1" in line
   line = refused("lra_jax.main", "--workdir", tmp_path / "b", "--config.parallel.data=3")
-  assert "config.parallel.data=3: there are 1 devices" in line
+  assert "config.parallel.data=3, fsdp=1: there are 1 devices" in line
 
 
 def test_plan_rounds_to_whole_calls():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from lra_jax import errors, models
+from lra_jax import errors, models, parallel
 from lra_jax.data import augment, resident, tasks
 
 # Fields of `config.augment` that change images, where they are neither 0 nor empty.
@@ -19,13 +19,43 @@ AUGMENTATION = ("crop_pad", "crop_scale", "rotate", "translate", "zoom", "shear"
 
 
 def take(
-  data: resident.Resident, indices_B: jax.Array, sharding: jax.sharding.Sharding, length: int | None = None
+  data: resident.Resident | resident.Parts | None,
+  chosen: jax.Array | resident.Resident,
+  mesh: jax.sharding.Mesh,
+  length: int | None = None,
 ) -> resident.Resident:
-  """The examples of those indices, their inputs split as `sharding` says; texts cut to `length` tokens."""
-  inputs = data.inputs if length is None else data.inputs[..., :length]
-  inputs = jax.lax.with_sharding_constraint(inputs[indices_B], sharding)
-  lengths = None if data.lengths is None else data.lengths[indices_B]
-  return resident.Resident(inputs, data.labels[indices_B], lengths)
+  """A batch, split over the devices; texts cut to `length` tokens.
+
+  Args:
+    data: what lies on the devices; None where nothing does.
+    chosen: indices (B,) into it, or the examples themselves.
+    mesh: of the run.
+    length: L; None for whole texts.
+  """
+  if isinstance(chosen, resident.Resident):
+    return chosen._replace(inputs=chosen.inputs if length is None else chosen.inputs[..., :length])
+  rows = data.inputs if length is None else data.inputs[..., :length]
+  if isinstance(data, resident.Parts):
+    inputs = _take_from_parts(rows, chosen, mesh)
+  else:
+    inputs = jax.lax.with_sharding_constraint(rows[chosen], parallel.sharded(mesh))
+  lengths = None if data.lengths is None else data.lengths[chosen]
+  return resident.Resident(inputs, data.labels[chosen], lengths)
+
+
+def _take_from_parts(rows, indices_B, mesh):
+  """Every device picks its own rows of the whole batch, and the batch is scattered over the devices."""
+
+  def pick(rows, indices_B):
+    places_B = indices_B - jax.lax.axis_index(parallel.AXES) * len(rows)
+    ours_B = (places_B >= 0) & (places_B < len(rows))
+    picked = rows[jnp.clip(places_B, 0, len(rows) - 1)]
+    picked = jnp.where(ours_B.reshape(-1, *[1] * (rows.ndim - 1)), picked, 0)
+    wide = picked if picked.dtype == jnp.uint8 else picked.astype(jnp.uint32)  # NCCL adds no 16 bits
+    return jax.lax.psum_scatter(wide, parallel.AXES, scatter_dimension=0, tiled=True).astype(rows.dtype)
+
+  split, whole = jax.sharding.PartitionSpec(parallel.AXES), jax.sharding.PartitionSpec()
+  return jax.shard_map(pick, mesh=mesh, in_specs=(split, whole), out_specs=split)(rows, indices_B)
 
 
 def check(config: ml_collections.ConfigDict, task: tasks.Task) -> None:

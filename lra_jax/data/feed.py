@@ -1,7 +1,8 @@
 """What each call to the device trains on.
 
-A feed has the examples that stay on the device (`data`), the lengths that batches may be cut to (`lengths`; None for
-whole ones), and gives for every step what the call from there on takes besides (`feed(step)`).
+A feed has the examples that stay on the devices (`data`), the lengths that batches may be cut to (`lengths`; None for
+whole ones), the `shardings` of both arguments, and gives for every step what the call from there on takes
+(`feed(step)`).
 """
 
 import jax
@@ -15,12 +16,13 @@ from lra_jax.data.sources import Split
 
 
 class ResidentFeed:
-  """The whole split lies on the device; a call takes indices into it.
+  """The whole split lies on the devices; a call takes indices into it.
 
   Attributes:
     data: the split.
     lengths: programs that are needed, the last the longest.
     abstract: shape and type of what a call takes.
+    shardings: of `data` and of what a call takes.
     waited_seconds: how long calls waited for input: 0.
   """
 
@@ -34,6 +36,7 @@ class ResidentFeed:
     batch_size: int,
     steps: int,
     mesh: jax.sharding.Mesh,
+    in_parts: bool = False,
   ):
     """Copies the split to the devices.
 
@@ -44,17 +47,18 @@ class ResidentFeed:
       batch_size: B.
       steps: M, of a call.
       mesh: of the run.
+      in_parts: as of `resident.put`.
 
     Raises:
       UserError: as of `batches.buckets`.
     """
-    self.data = resident.put(split, parallel.replicated(mesh))
+    self.data = resident.put(split, mesh, in_parts)
     bounds = batches.buckets(config, task)
     self.lengths = bounds or (None,)
     self.abstract = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
     self._bucket = resident.bucket_of(split.lengths, bounds) if bounds else np.zeros(len(split.labels), int)
     self._order = batch_size, steps, config.seed, config.augment.repeats
-    self._sharding = parallel.sharded(mesh, 1)
+    self.shardings = resident.data_sharding(self.data, mesh), resident.chosen_sharding(self.data, mesh, 1)
 
   def __call__(self, step: int) -> tuple[int | None, jax.Array]:
     """The length of the call that starts at `step`, and its indices (M, B).
@@ -67,7 +71,7 @@ class ResidentFeed:
       indices, bucket = resident.train_indices(len(self._bucket), batch_size, step, steps, seed, repeats), 0
     else:
       indices, bucket = resident.bucketed_indices(self._bucket, batch_size, step, steps, seed)
-    return self.lengths[bucket], jax.device_put(indices, self._sharding)
+    return self.lengths[bucket], parallel.put(indices, self.shardings[1])
 
   def close(self) -> None:
     """Nothing is open."""

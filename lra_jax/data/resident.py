@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lra_jax import errors
+from lra_jax import errors, parallel
 from lra_jax.data.sources import Split
 
 
@@ -18,9 +18,48 @@ class Resident(NamedTuple):
   lengths: jax.Array | None = None
 
 
-def put(split: Split, sharding: jax.sharding.Sharding) -> Resident:
-  """Copies a split to the devices of `sharding`."""
-  return Resident(*jax.device_put(tuple(split), sharding))
+class Parts(NamedTuple):
+  """One split, its inputs cut into as many parts as there are devices; their number is filled up to a multiple."""
+
+  inputs: jax.Array
+  labels: jax.Array
+  lengths: jax.Array | None = None
+
+
+def put(split: Split, mesh: jax.sharding.Mesh, in_parts: bool = False) -> Resident | Parts:
+  """Copies a split to the devices of a mesh.
+
+  Args:
+    split: the same in every process.
+    mesh: of the run.
+    in_parts: whether every device gets a part of the inputs, not a copy; labels and lengths are small.
+  """
+  whole = parallel.replicated(mesh)
+  labels, lengths = parallel.put((split.labels, split.lengths), whole)
+  if not in_parts:
+    return Resident(parallel.put(split.inputs, whole), labels, lengths)
+  rows = -(-len(split.inputs) // mesh.size)
+  sharding = parallel.sharded(mesh)
+
+  def part(index):
+    start, stop, _ = index[0].indices(rows * mesh.size)
+    found = np.asarray(split.inputs[start:stop])
+    return np.pad(found, [(0, stop - start - len(found))] + [(0, 0)] * (found.ndim - 1))
+
+  shape = (rows * mesh.size, *split.inputs.shape[1:])
+  return Parts(jax.make_array_from_callback(shape, sharding, part), labels, lengths)
+
+
+def data_sharding(data: Resident | Parts, mesh: jax.sharding.Mesh) -> Resident | Parts:
+  """Where the arrays of a split lie."""
+  whole = parallel.replicated(mesh)
+  lengths = None if data.lengths is None else whole
+  return type(data)(parallel.sharded(mesh) if isinstance(data, Parts) else whole, whole, lengths)
+
+
+def chosen_sharding(data: Resident | Parts, mesh: jax.sharding.Mesh, axis: int = 0) -> jax.sharding.Sharding:
+  """Where indices into a split lie, whose axis `axis` is the batch: every device must know those of its rows."""
+  return parallel.replicated(mesh) if isinstance(data, Parts) else parallel.sharded(mesh, axis)
 
 
 def train_indices(

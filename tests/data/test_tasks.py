@@ -138,7 +138,7 @@ def test_buckets_of_length_change_nothing_but_the_order(listops_files, tmp_path)
   import jax
 
   from configs import lru
-  from lra_jax import train
+  from lra_jax import parallel, step
   from lra_jax.data import batches, feed, resident
 
   config = lru.get_config("listops")
@@ -150,28 +150,28 @@ def test_buckets_of_length_change_nothing_but_the_order(listops_files, tmp_path)
     task, data_dir=str(listops_files)).items()}  # fmt: skip
   task = tasks.dataclasses.replace(task, token_shape=(40,), load=lambda data_dir: splits)
   assert batches.buckets(config, task) == (16, 24, 40)
-  mesh = train.parallel.make_mesh(1)
+  mesh = parallel.make_mesh(1)
   schedule = lambda step: 1e-3
-  graphdef, state, optimizer = train.init_state(config, task, schedule)
+  graphdef, state, optimizer = step.init_state(config, task, schedule)
   train_feed = feed.ResidentFeed(config, task, splits["train"], 5, 1, mesh)
   seen = set()
-  for step in range(0, 12, 4):
-    length, indices = train_feed(step)
+  for first in range(0, 12, 4):
+    length, indices = train_feed(first)
     losses = []
     for cut in (length, None):
-      call = train.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh, cut)
+      call = step.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh, cut)
       losses.append(call(jax.tree.map(jax.numpy.copy, state), train_feed.data, indices)[1]["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-5)
     seen.add(length)
   assert len(seen) > 1
-  call = train.make_eval_call(config, task, graphdef, mesh)
+  call = step.make_eval_call(config, task, graphdef, mesh)
   weights = {name: state[name] for name in ("params", "model_state")}
-  test = resident.put(splits["test"], train.parallel.replicated(mesh))
-  whole, cut = (train.evaluate(call, weights, test, 8, 1, False, bounds) for bounds in ((), (16, 24, 40)))
+  test = resident.put(splits["test"], mesh)
+  whole, cut = (step.evaluate(call, weights, test, 8, mesh, False, bounds) for bounds in ((), (16, 24, 40)))
   assert whole[0] == pytest.approx(cut[0], rel=1e-5)
   np.testing.assert_array_equal(whole[1], cut[1])
   np.testing.assert_allclose(whole[2], cut[2], rtol=1e-5)
-  assert len(train.evaluate(call, weights, test, 8, 1, True, (16, 24, 40))[1]) == 16  # the rest of 20 is left out
+  assert len(step.evaluate(call, weights, test, 8, mesh, True, (16, 24, 40))[1]) == 16  # the rest of 20 is left out
   for name, value, expected in (("fnet_small", (16,), "the padding counts"), ("lru", (24, 16), "expected ascending")):
     config.model.name, config.train.length_buckets = name, value
     with pytest.raises(errors.UserError, match=expected):

@@ -6,7 +6,7 @@ import pytest
 
 from kernels import dispatch
 from lra_jax import config as config_lib
-from lra_jax import parallel, train
+from lra_jax import parallel, step
 from lra_jax.data import resident, sources, tasks
 
 SIDE, CLASSES = 4, 4
@@ -35,9 +35,10 @@ def losses(family, implementation, steps, batch, learning_rate, fields):
   task = tasks.Task("tiny", (SIDE, SIDE, 1), tuple("abcd"), (0.5,), (0.25,), dict)
   schedule = lambda step: learning_rate
   mesh = parallel.make_mesh(1)
-  graphdef, state, optimizer = train.init_state(config, task, schedule)
-  call = train.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
-  data = resident.put(sources.Split(images.astype(np.uint8), labels), parallel.replicated(mesh))
+  graphdef, state, optimizer = step.init_state(config, task, schedule)
+  state = jax.device_put(state, parallel.replicated(mesh))  # as the call returns it, or the second call compiles anew
+  call = step.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
+  data = resident.put(sources.Split(images.astype(np.uint8), labels), mesh)
   result = []
   for row in resident.train_indices(len(labels), batch, 0, steps, seed=0):
     state, values = call(state, data, row[None])

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from lra_jax import config as config_lib
-from lra_jax import models, parallel, runs, train
+from lra_jax import models, parallel, runs, step
 from lra_jax.data import augment, resident, tasks
 
 DIGITS = [name for name in models.names() if name.endswith("_digits")]
@@ -26,11 +26,11 @@ def settings(name, **fields):
 def start(config, steps):
   task = tasks.get("digits")
   schedule = lambda step: config.optim.learning_rate
-  graphdef, state, optimizer = train.init_state(config, task, schedule)
+  graphdef, state, optimizer = step.init_state(config, task, schedule)
   mesh = parallel.make_mesh(1)
-  call = train.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
-  data = resident.put(tasks.load("digits", data_dir=None, validation_fraction=0.1, split_seed=0)["train"],
-                      parallel.replicated(mesh))  # fmt: skip
+  state = jax.device_put(state, parallel.replicated(mesh))  # as the call returns it, or the second call compiles anew
+  call = step.make_train_call(config, task, graphdef, optimizer, schedule, 1, mesh)
+  data = resident.put(tasks.load(task)["train"], mesh)
   indices = resident.train_indices(len(data.labels), 32, 0, steps, seed=0)
   losses = []
   for row in indices:
@@ -56,8 +56,9 @@ def test_bfloat16_logits_are_float32s_within_2_percent_after_training(name):
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_bfloat16_trains(name):
-  """A few steps: finite, downwards on the whole, and parameters and statistics stay float32."""
-  state, losses, _, _ = start(settings(name, dtype="bfloat16"), 12)
+  """A few steps of one block: finite, and parameters and statistics stay float32."""
+  one_block = {"depth": 1} if "depth" in models.fields(name) else {}
+  state, losses, _, _ = start(settings(name, dtype="bfloat16", **one_block), 6)
   assert np.isfinite(losses).all()
   for leaf in jax.tree.leaves((state["params"], state["model_state"])):
     assert leaf.dtype == np.float32

@@ -222,10 +222,15 @@ def test_load_generates_the_same_in_one_process_and_in_several(monkeypatch, tmp_
     np.testing.assert_array_equal(one[name].labels, several[name].labels)
 
 
+@pytest.fixture(scope="module")
+def hundred():
+  return pathfinder.generate(100, 32, seed=9)
+
+
 @pytest.fixture
-def tree(tmp_path):
+def tree(hundred, tmp_path):
   """100 pictures in the published layout: files 0, 2 and 10, in whose names' order 10 would come before 2."""
-  split = pathfinder.generate(100, 32, seed=9)
+  split = hundred
   folder = tmp_path / "pathfinder32" / "curv_contour_length_14"
   (folder / "metadata").mkdir(parents=True)
   index = 0

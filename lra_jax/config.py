@@ -15,7 +15,9 @@ from lra_jax import errors
 
 # Fields that may differ between two starts of one run: they say where things are and how they are split over devices,
 # not what is computed.
-NOT_IDENTITY = ("task.data_dir", "parallel.data", "parallel.fsdp", "parallel.watchdog_seconds")
+NOT_IDENTITY = (
+  "task.data_dir", "task.input", "task.memory_share", "parallel.data", "parallel.fsdp", "parallel.watchdog_seconds",
+)  # fmt: skip
 
 
 def parse_command_line(argv: list[str], flag: str = "config") -> ml_collections.ConfigDict:

@@ -19,19 +19,19 @@ def main() -> None:
   from flax import nnx
 
   from lra_jax import parallel, runs, step
-  from lra_jax.data import batches, resident, tasks
+  from lra_jax.data import batches, feed
 
   parallel.keep_freed_memory()
   trained = runs.load(_WORKDIR.value, _STEP.value)
   settings = runs.data_settings(trained.config) | ({"data_dir": _DATA_DIR.value} if _DATA_DIR.value else {})
-  splits = tasks.load(trained.task, **settings)
-  errors.check_known("--split", _SPLIT.value, splits)
+  errors.check_known("--split", _SPLIT.value, ("train", "validation", "test"))
   mesh = parallel.make_mesh(-1)
+  splits = feed.load(trained.config, trained.task, mesh, **settings)
   graphdef, params, rest = nnx.split(trained.model, nnx.Param, ...)
   weights = {"params": nnx.to_pure_dict(params), "model_state": nnx.to_pure_dict(rest)}
   weights = parallel.put(weights, parallel.replicated(mesh))
   call = step.make_eval_call(trained.config, trained.task, graphdef, mesh)
-  data = resident.put(splits[_SPLIT.value], mesh)
+  data = feed.held_out(splits[_SPLIT.value], mesh)
   drop_remainder = "drop_remainder" in trained.task.quirks
   values, predictions, _ = step.evaluate(
     call,
@@ -43,7 +43,7 @@ def main() -> None:
     batches.buckets(trained.config, trained.task),
   )
   head = {"model": trained.config.model.name, "task": trained.task.name, "split": _SPLIT.value, "step": trained.step}
-  print(json.dumps(head | {"examples": len(predictions)} | values))
+  print(json.dumps(head | {"examples": int((predictions >= 0).sum())} | values))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Pictures of a run: learning curves, confusion matrix, the most confidently wrong test images."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,13 @@ import numpy as np
 from lra_jax import metrics
 from lra_jax.data import tasks
 from lra_jax.data.sources import Split
+from lra_jax.data.stream import Streamed
 
 
 def draw(
   workdir: pathlib.Path,
   title: str,
-  test: Split,
+  test: Split | Streamed,
   predictions: np.ndarray,
   confidences: np.ndarray,
   task: tasks.Task,
@@ -24,12 +26,13 @@ def draw(
     workdir: has `metrics.jsonl`.
     title: of all pictures.
     test: the test split.
-    predictions: (N,) class of each test example.
+    predictions: (N,) class of each test example; −1 where a picture could not be read, fewer where some were left out.
     confidences: (N,) its probability.
     task: of the run.
   """
   names = task.class_names
-  test = test.take(np.arange(len(predictions)))  # without a remainder that was dropped
+  known = np.flatnonzero(predictions >= 0)
+  test, predictions, confidences = test.take(known), predictions[known], confidences[known]
   curves(metrics.read(workdir), title, workdir / "curves.png")
   score = f"{title}, test accuracy {np.mean(predictions == test.labels):.2%}"
   confusion(test.labels, predictions, names, score, workdir / "confusion.png")
@@ -37,7 +40,8 @@ def draw(
     text = mistaken_texts(test.inputs, test.labels, predictions, confidences, task)
     (workdir / "mistakes.txt").write_text(text, encoding="utf-8")
   else:
-    mistakes(test.inputs, test.labels, predictions, confidences, names, title, workdir / "mistakes.png")
+    image = test.image if isinstance(test, Streamed) else test.inputs.__getitem__
+    mistakes(image, test.labels, predictions, confidences, names, title, workdir / "mistakes.png")
 
 
 def _most_confidently_wrong(labels, predictions, confidences, most):
@@ -167,7 +171,7 @@ def confusion(
 
 
 def mistakes(
-  images: np.ndarray,
+  image_of: Callable[[int], np.ndarray],
   labels: np.ndarray,
   predictions: np.ndarray,
   confidences: np.ndarray,
@@ -179,7 +183,7 @@ def mistakes(
   """The wrong predictions with the highest probability, most confident first.
 
   Args:
-    images: (N, H, W, C) uint8.
+    image_of: gives (H, W, C) uint8 of an example by its number.
     labels, predictions: (N,) integers.
     confidences: (N,) probability of the predicted class.
     names: of the S classes.
@@ -197,7 +201,7 @@ def mistakes(
   for axis in axes.flat:
     axis.axis("off")
   for axis, index in zip(axes.flat, wrong, strict=False):
-    image = images[index]
+    image = image_of(index)
     axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     axis.set_title(
       f"true {names[labels[index]]}\n{names[predictions[index]]} {confidences[index]:.0%}", fontsize=7, linespacing=1.3

@@ -17,7 +17,8 @@ from flax import nnx
 
 from kernels import dispatch
 from lra_jax import errors, flops, metrics, optim, parallel, runs
-from lra_jax.data import batches, resident
+from lra_jax.data import batches, resident, stream
+from lra_jax.data.stream import Streamed
 
 # Randomness is a function of (seed, step, purpose); these are the purposes.
 AUGMENT, MIX, DROPOUT = range(3)
@@ -215,7 +216,7 @@ def compile_calls(make_call, state, feed) -> tuple[dict[int | None, Any], Cost]:
 def evaluate(
   call,
   weights,
-  data: resident.Resident | resident.Parts,
+  data: resident.Resident | resident.Parts | Streamed,
   batch_size: int,
   mesh: jax.sharding.Mesh,
   drop_remainder: bool = False,
@@ -233,10 +234,13 @@ def evaluate(
     lengths: as of `batches.buckets`; texts are evaluated in the order of theirs.
 
   Returns:
-    {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each.
+    {"loss", "accuracy"} as floats, predictions (N,) and the probability (N,) of each; of a picture that cannot be read
+    −1 and 0.
   """
   examples = len(data.labels)
   batch_size = -(-min(batch_size, examples) // mesh.size) * mesh.size
+  if isinstance(data, Streamed):
+    return _evaluate_stream(call, weights, data, batch_size, mesh, drop_remainder)
   if drop_remainder:
     examples -= examples % batch_size
   bucket = resident.bucket_of(np.asarray(data.lengths)[:examples], lengths) if lengths else np.zeros(examples, int)
@@ -246,8 +250,28 @@ def evaluate(
   for places, mask in zip(*resident.eval_batches(examples, batch_size), strict=True):
     length = lengths[bucket[order[places]].max()] if lengths else None
     outputs.append(call(weights, data, *parallel.put((order[places], mask), shardings), length))
+  values, *rows = _gather(outputs)
+  back = np.argsort(order)
+  return values, *(row[:examples][back] for row in rows)
+
+
+def _evaluate_stream(call, weights, split, batch_size, mesh, drop_remainder):
+  examples = len(split.labels)
+  if drop_remainder:
+    examples -= examples % batch_size
+    split = split.take(np.arange(examples))
+  outputs = []
+  with stream.EvalStream(split, mesh, batch_size) as batches_of_split:
+    for batch, mask in batches_of_split:
+      outputs.append(jax.device_get(call(weights, None, batch, mask, None)))  # waits: images pile up else
+    unread = list(batches_of_split.corrupt)
+  values, predictions, confidences = (part[:examples] if i else part for i, part in enumerate(_gather(outputs)))
+  predictions[unread], confidences[unread] = -1, 0
+  return values, predictions, confidences
+
+
+def _gather(outputs):
   outputs = jax.device_get(outputs)
   totals = functools.reduce(lambda a, b: a.merge(b), (o[0] for o in outputs))
-  back = np.argsort(order)
-  predictions, confidences = (np.concatenate([o[i] for o in outputs])[:examples][back] for i in (1, 2))
-  return {name: float(value) for name, value in totals.compute().items()}, predictions, confidences
+  rows = (np.concatenate([o[i] for o in outputs]) for i in (1, 2))
+  return {name: float(value) for name, value in totals.compute().items()}, *rows

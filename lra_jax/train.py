@@ -19,7 +19,7 @@ from clu import parameter_overview
 
 from lra_jax import checkpoint, errors, metrics, optim, parallel, processes, report, runs
 from lra_jax import step as step_lib
-from lra_jax.data import batches, feed, resident, tasks
+from lra_jax.data import batches, feed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,13 @@ def _train_and_test(config, workdir, stop, started):
   mesh = parallel.make_mesh(config.parallel.data, config.parallel.fsdp)
   whole = parallel.replicated(mesh)
   task = runs.task_of(config, workdir)
-  splits = tasks.load(task, **runs.data_settings(config))
+  splits = feed.load(config, task, mesh, **runs.data_settings(config))
   if jax.process_count() > 1:
-    processes.check_same("data", processes.digest_of(array for split in splits.values() for array in split))
-  in_parts = jax.process_count() > 1
+    processes.check_same("data", processes.digest_of(array for split in splits.values() for array in split.arrays()))
   plan = Plan.make(config, len(splits["train"].labels), mesh.size, mesh.devices.flat[0].platform)
-  train_feed = feed.ResidentFeed(config, task, splits["train"], plan.batch_size, plan.steps_per_call, mesh, in_parts)
-  held_out = {name: resident.put(splits[name], mesh, in_parts) for name in ("validation", "test")}
+  sizes = plan.batch_size, plan.steps_per_call, plan.steps
+  train_feed = feed.make(config, task, splits["train"], *sizes, mesh)
+  held_out = {name: feed.held_out(splits[name], mesh) for name in ("validation", "test")}
   schedule = optim.make_schedule(config.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = step_lib.init_state(config, task, schedule, mesh)
   state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -112,9 +112,11 @@ def _train_and_test(config, workdir, stop, started):
   overview = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
   if main:
     (workdir / "parameters.txt").write_text(overview + "\n")
-  sizes = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
+  counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in splits.items())
+  streamed = " streamed" if train_feed.data is None else ""
   say(overview)
-  say(f"{config.model.name} on {task.name}: {parameters:,} parameters; {sizes} examples; {parallel.describe(mesh)}")
+  devices = parallel.describe(mesh)
+  say(f"{config.model.name} on {task.name}: {parameters:,} parameters; {counts} examples{streamed}; {devices}")
 
   # Where an earlier start of this run left off.
   checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
@@ -271,6 +273,7 @@ def _train_and_test(config, workdir, stop, started):
     test, predictions, confidences = step_lib.evaluate(eval_call, weights_of(best.state), held_out["test"], *evaluation)
   finally:
     watchdog.stop()
+    train_feed.close()
     progress.close()
     writer.close()
     checkpoints.close()
@@ -293,7 +296,7 @@ def _train_and_test(config, workdir, stop, started):
     "peak_memory_bytes": stats.get("peak_bytes_in_use", cost.memory),
     "gflop_per_step": round(operations / 1e9, 3),
     "kernels": cost.kernels,
-    "device": parallel.describe(mesh),
+    "device": devices,
     "params_sha256": checkpoint.sha256(parallel.fetch(state["params"])),
   }
   if not main:

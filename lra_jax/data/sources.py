@@ -34,6 +34,10 @@ class Split(NamedTuple):
   labels: np.ndarray
   lengths: np.ndarray | None = None
 
+  def arrays(self) -> list[np.ndarray]:
+    """What two copies of a split must agree in."""
+    return [array for array in self if array is not None]
+
   def take(self, indices: np.ndarray) -> "Split":
     """The examples of those indices."""
     return Split(*(None if array is None else array[indices] for array in self))
@@ -129,22 +133,26 @@ def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int 
   """
   from lra_jax.data import folders
 
+  path = tiny_imagenet_folder(data_dir)
+  if path is not None:
+    return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
+  return _tfds(data_dir, tiny_imagenet_builder, {"train": "train", "test": "validation"}, size=size)
+
+
+def tiny_imagenet_folder(data_dir: str | None) -> pathlib.Path | None:
+  """The folder of the original layout: `data_dir` or tiny-imagenet-200 in it; None where neither has wnids.txt."""
   root = data_folder(data_dir)
-  for path in (root, root / "tiny-imagenet-200"):
-    if os.path.isfile(path / "wnids.txt"):
-      return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
-  return _tfds(data_dir, _tiny_imagenet, {"train": "train", "test": "validation"}, size=size)
+  return next((path for path in (root, root / "tiny-imagenet-200") if os.path.isfile(path / "wnids.txt")), None)
 
 
 def tiny_imagenet_names(data_dir: str | None = None) -> tuple[str, ...]:
   """Class names of Tiny ImageNet where `tiny_imagenet` finds it, which may be a part; else the numbers 0 … 199."""
   from lra_jax.data import folders
 
-  root = data_folder(data_dir)
-  for path in (root, root / "tiny-imagenet-200"):
-    if os.path.isfile(path / "wnids.txt"):
-      return folders.list_tiny_imagenet(path).class_names
-  names = _tiny_imagenet(root).info.features["label"].names or map(str, range(200))
+  path = tiny_imagenet_folder(data_dir)
+  if path is not None:
+    return folders.list_tiny_imagenet(path).class_names
+  names = tiny_imagenet_builder(data_folder(data_dir)).info.features["label"].names or map(str, range(200))
   return tuple(name.partition(" ")[2] or name for name in names)  # behind the WordNet id
 
 
@@ -169,9 +177,13 @@ def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int
   Raises:
     UserError: another variant, or the data are not there or cannot be read; it says how to prepare them.
   """
+  return _tfds(data_dir, imagenette_builder(variant), {"train": "train", "test": "validation"}, size=size)
+
+
+def imagenette_builder(variant: str) -> Callable[[pathlib.Path], Any]:
+  """Gives TFDS's builder of a folder; errors as of `imagenette`."""
   errors.check_known("variant of imagenette:", variant, ("160px-v2", "320px-v2", "full-size-v2"))
-  splits = {"train": "train", "test": "validation"}
-  return _tfds(data_dir, _prepared_by_user(f"imagenette/{variant}"), splits, size=size)
+  return lambda data_dir: _prepared_by_user(f"imagenette/{variant}", data_dir)
 
 
 def imagenet2012(data_dir: str | None = None, size: int = 224) -> dict[str, Split]:
@@ -181,8 +193,12 @@ def imagenet2012(data_dir: str | None = None, size: int = 224) -> dict[str, Spli
 
   Arguments, result and errors as of `imagenette`; TFDS prepares the data from two archives that the user downloads.
   """
-  splits = {"train": "train", "test": "validation"}
-  return _tfds(data_dir, _prepared_by_user("imagenet2012", _IMAGENET_ARCHIVES), splits, size=size)
+  return _tfds(data_dir, imagenet2012_builder, {"train": "train", "test": "validation"}, size=size)
+
+
+def imagenet2012_builder(data_dir: pathlib.Path) -> Any:
+  """TFDS's builder of that folder; errors as of `imagenet2012`."""
+  return _prepared_by_user("imagenet2012", data_dir, _IMAGENET_ARCHIVES)
 
 
 def grey(x_NHWC: np.ndarray) -> np.ndarray:
@@ -282,7 +298,8 @@ _TINY_IMAGENET_BYTES = 248_100_043
 _TINY_IMAGENET_SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
 
 
-def _tiny_imagenet(data_dir):
+def tiny_imagenet_builder(data_dir: pathlib.Path) -> Any:
+  """TFDS's builder of Tiny ImageNet, ours: TFDS has none."""
   import tensorflow_datasets as tfds
 
   from lra_jax.data import folders
@@ -344,25 +361,21 @@ def _tiny_imagenet(data_dir):
 _IMAGENET_ARCHIVES = "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org/download-images"
 
 
-def _prepared_by_user(name, archives=None):
+def _prepared_by_user(name, data_dir, archives=None):
   """Builder of a data set that TFDS can prepare with TensorFlow alone; where that is not done, it says how to."""
+  import tensorflow_datasets as tfds
 
-  def make(data_dir):
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    if not builder.is_prepared():
-      put = f"put {archives} into {data_dir}/downloads/manual, and " if archives else ""
-      manual = f" --manual_dir={data_dir}/downloads/manual" if archives else ""
-      raise errors.UserError(
-        f"{name} in {data_dir}: not prepared there; set TFDS_DATA_DIR or --config.task.data_dir to a folder that has "
-        f"it, or {put}run once, in an environment with `pip install tensorflow tensorflow-datasets array-record` "
-        f"(TensorFlow prepares, training does not need it): `tfds build {name} --data_dir={data_dir}{manual} "
-        f"--file_format=array_record`; {TRY_DIGITS}"
-      )
-    return builder
-
-  return make
+  builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  if not builder.is_prepared():
+    put = f"put {archives} into {data_dir}/downloads/manual, and " if archives else ""
+    manual = f" --manual_dir={data_dir}/downloads/manual" if archives else ""
+    raise errors.UserError(
+      f"{name} in {data_dir}: not prepared there; set TFDS_DATA_DIR or --config.task.data_dir to a folder that has "
+      f"it, or {put}run once, in an environment with `pip install tensorflow tensorflow-datasets array-record` "
+      f"(TensorFlow prepares, training does not need it): `tfds build {name} --data_dir={data_dir}{manual} "
+      f"--file_format=array_record`; {TRY_DIGITS}"
+    )
+  return builder
 
 
 _TRAIN_TEST = {"train": "train", "test": "test"}

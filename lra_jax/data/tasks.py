@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lra_jax import errors
-from lra_jax.data import folders, listops, names, pathfinder, retrieval, sources, text
+from lra_jax.data import folders, listops, names, pathfinder, retrieval, sources, streams, text
 from lra_jax.data.sources import Split
+from lra_jax.data.stream import Streamed
 
 # What the published runs of the Long Range Arena do besides what is right; `config.task.quirks` names those wanted.
 QUIRKS = {
@@ -35,6 +36,7 @@ class Task:
     class_names: names of the S classes, in the order of the labels.
     mean, std: per channel, of pixels in 0 … 1; the model sees (x − mean) / std.
     load: reads splits "train", "test" and perhaps "validation"; its argument is the data folder, or None.
+    stream: finds the same splits, to be read as they are needed (`stream.Streamed`); None where a task always fits.
     view: "image" (H, W, C); "sequence" (L, C), all pixels in raster order, L = H·W; or "tokens" (L,), grey pixels in
       raster order as integers 0 … 255. Of texts always "tokens".
     permutation_seed: of the fixed order that the positions of a sequence are brought into; None for raster order.
@@ -62,6 +64,7 @@ class Task:
   token_shape: tuple[int, ...] | None = None
   vocab_size: int | None = None
   names: Callable[[str | None], tuple[str, ...]] | None = None
+  stream: Callable[..., dict[str, Streamed]] | None = None
   options: tuple[str, ...] = ()
   allows: tuple[str, ...] = ("drop_remainder",)
   quirks: tuple[str, ...] = ()
@@ -133,8 +136,8 @@ _TEXT = dict(image_shape=None, mean=(), std=(), view="tokens", encode=text.encod
 
 
 def _imagenette(variant, size):
-  load = functools.partial(sources.imagenette, variant=variant, size=size)
-  return _IMAGENET | dict(image_shape=(size, size, 3), class_names=names.IMAGENETTE, load=load)
+  load, stream = (functools.partial(f, variant=variant, size=size) for f in (sources.imagenette, streams.imagenette))
+  return _IMAGENET | dict(image_shape=(size, size, 3), class_names=names.IMAGENETTE, load=load, stream=stream)
 
 
 REGISTRY: Mapping[str, Task] = {
@@ -161,6 +164,7 @@ REGISTRY: Mapping[str, Task] = {
       image_shape=(64, 64, 3),
       class_names=tuple(map(str, range(200))),
       load=sources.tiny_imagenet,
+      stream=streams.tiny_imagenet,
       names=sources.tiny_imagenet_names,
       options=("image_size", "max_corrupt"),
     ),
@@ -172,6 +176,7 @@ REGISTRY: Mapping[str, Task] = {
       image_shape=(224, 224, 3),
       class_names=tuple(map(str, range(1000))),
       load=sources.imagenet2012,
+      stream=streams.imagenet2012,
       names=sources.imagenet2012_names,
     ),
     "listops": _TEXT
@@ -226,8 +231,11 @@ def get(name: str, class_names: tuple[str, ...] | None = None) -> Task:
   if name.startswith(_FOLDER):
     path = name.removeprefix(_FOLDER)
     load = lambda data_dir, size=224, **options: folders.folder(path, size, **options)
+    stream = lambda data_dir, size=224, **options: streams.folder(path, size, **options)
     options = ("image_size", "max_corrupt")
-    fields = _IMAGENET | dict(class_names=class_names or folders.class_names(path), load=load, options=options)
+    fields = _IMAGENET | dict(
+      class_names=class_names or folders.class_names(path), load=load, stream=stream, options=options
+    )
     return Task(name, image_shape=(224, 224, 3), **fields)
   errors.check_known("config.task.name:", name, (*REGISTRY, "folder:PATH"))
   return REGISTRY[name]
@@ -270,12 +278,20 @@ def of(settings: Mapping[str, Any], class_names: tuple[str, ...] | None = None) 
     class_names = task.names(settings.get("data_dir") or None)
   if class_names is not None:
     changes["class_names"] = tuple(class_names)
+  if task.stream is not None:
+    changes["stream"] = functools.partial(task.stream, **keywords)
   return dataclasses.replace(task, load=functools.partial(task.load, **keywords), quirks=quirks, **changes)
 
 
 def load(
-  task: Task, *, data_dir: str | None = None, validation_fraction: float = 0.1, split_seed: int = 0, seed: int = 0
-) -> dict[str, Split]:
+  task: Task,
+  *,
+  data_dir: str | None = None,
+  validation_fraction: float = 0.1,
+  split_seed: int = 0,
+  seed: int = 0,
+  streamed: bool = False,
+) -> dict[str, Split] | dict[str, Streamed]:
   """Reads a task and, where its source has none, carves a validation split from the training examples.
 
   Args:
@@ -284,6 +300,7 @@ def load(
     validation_fraction: share of the training examples (of every class) that goes to validation, 0 < f < 1.
     split_seed: which ones, where they are drawn; the same for all runs that shall be compared.
     seed: of the run; of a shuffled vocabulary.
+    streamed: whether images are only found, to be read when they are needed; of a task with `stream`.
 
   Returns:
     "train", "validation" and "test": disjoint (but for `test_for_validation`), the test split as its source defines it.
@@ -291,7 +308,7 @@ def load(
   Raises:
     UserError: data not found or not readable, a label that is no class, a fraction that leaves a split empty.
   """
-  splits = task.load(data_dir or None)
+  splits = (task.stream if streamed else task.load)(data_dir or None)
   for name, split in splits.items():
     bad = np.flatnonzero((split.labels < 0) | (split.labels >= len(task.class_names)))
     if len(bad):
@@ -307,7 +324,7 @@ def load(
   return {name: splits[name] for name in ("train", "validation", "test")}
 
 
-def carve(train: Split, how: str, fraction: float, seed: int) -> dict[str, Split]:
+def carve(train: Split | Streamed, how: str, fraction: float, seed: int) -> dict[str, Split]:
   """Splits training examples into "train" and "validation"; arguments as of `load` and `Task.validation`.
 
   Raises:

@@ -194,6 +194,13 @@ def test_own_pictures_from_a_folder_to_predictions(python, tmp_path):
   assert process.returncode == 0, process.stderr
   assert "36 train, 4 validation, 8 test examples" in process.stdout
   assert (workdir / "mistakes.png").read_bytes().startswith(b"\x89PNG")
+  streamed = tmp_path / "streamed"
+  process = python("lra_jax.main", config, "--workdir", streamed, *arguments[2:], *small, "--config.task.input=stream")
+  assert process.returncode == 0 and "examples streamed" in process.stdout, process.stderr
+  ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (streamed, workdir))
+  assert ours["params_sha256"] == theirs["params_sha256"] and ours["test_loss"] == pytest.approx(theirs["test_loss"])
+  process = python("lra_jax.evaluate", "--workdir", streamed)
+  assert json.loads(process.stdout)["loss"] == pytest.approx(ours["test_loss"]), process.stderr
   (tmp_path / "data").rename(tmp_path / "moved")  # a trained model does not need its pictures
   picture = tmp_path / "moved/val/dark/0.png"
   process = python("lra_jax.predict", "--workdir", workdir, picture)

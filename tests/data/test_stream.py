@@ -65,7 +65,7 @@ def mesh():
   return parallel.make_mesh(1)
 
 
-def numbered(count, broken=(), read=None):
+def numbered(count, broken=(), read=None, max_corrupt=0):
   """A split whose example i has record 100 + i, an image all of level i and label i % 5."""
 
   def read_number(number):
@@ -76,7 +76,7 @@ def numbered(count, broken=(), read=None):
     return np.full((2, 2, 1), number - 100, np.uint8)
 
   labels = (np.arange(count) % 5).astype(np.int32)
-  return stream.Streamed(read_number, "picture {}".format, labels, np.arange(count) + 100, (2, 2, 1))
+  return stream.Streamed(read_number, "picture {}".format, labels, np.arange(count) + 100, (2, 2, 1), max_corrupt)
 
 
 def levels(calls):
@@ -128,9 +128,8 @@ def test_a_repeated_picture_is_read_once(mesh):
 
 @pytest.mark.parametrize("broken", [(), (2, 11)])
 def test_resuming_gives_the_rest(mesh, broken):
-  run = lambda first: levels(
-    stream.TrainStream(numbered(20, broken), mesh, 6, 2, first, 14, 1, workers=2, max_corrupt=2)
-  )
+  split = numbered(20, broken, max_corrupt=2)
+  run = lambda first: levels(stream.TrainStream(split, mesh, 6, 2, first, 14, 1, workers=2))
   whole = run(0)
   for first in (2, 8, 12):
     np.testing.assert_array_equal(run(first), whole[first:])
@@ -148,8 +147,8 @@ def test_evaluation_gives_every_example_once_in_order(mesh):
 def test_a_damaged_picture_is_named_and_the_next_of_its_batch_stands_in(mesh, capfd):
   order = resident.train_indices(20, 6, 0, 4, 5)
   bad, beside = int(order[1, 5]), int(order[2, 1])  # the last of its batch, and one in the middle
-  with stream.TrainStream(numbered(20, (bad, beside)), mesh, 6, 1, 0, 4, 5, workers=2, max_corrupt=2) as calls:
-    given = levels(calls)
+  calls = stream.TrainStream(numbered(20, (bad, beside), max_corrupt=2), mesh, 6, 1, 0, 4, 5, workers=2)
+  given = levels(calls)
   expected = order.copy()
   for row in expected:
     for place in np.flatnonzero(np.isin(row, (bad, beside))):
@@ -167,7 +166,7 @@ def test_a_damaged_picture_is_named_and_the_next_of_its_batch_stands_in(mesh, ca
 def test_more_damaged_pictures_than_allowed_end_the_run_in_their_turn(mesh, capfd):
   order = resident.train_indices(20, 5, 0, 4, 0).reshape(-1)
   broken = order[[2, 6, 13]].tolist()
-  calls = stream.TrainStream(numbered(20, broken), mesh, 5, 1, 0, 8, 0, workers=2, max_corrupt=2)
+  calls = stream.TrainStream(numbered(20, broken, max_corrupt=2), mesh, 5, 1, 0, 8, 0, workers=2)
   assert levels([next(calls), next(calls)]).shape == (2, 5)
   with pytest.raises(
     errors.UserError,
@@ -179,12 +178,12 @@ def test_more_damaged_pictures_than_allowed_end_the_run_in_their_turn(mesh, capf
 
 
 def test_a_damaged_picture_counts_once_however_often_it_comes(mesh):
-  calls = stream.TrainStream(numbered(6, (4,)), mesh, 3, 1, 0, 10, 0, workers=1, max_corrupt=1)
+  calls = stream.TrainStream(numbered(6, (4,), max_corrupt=1), mesh, 3, 1, 0, 10, 0, workers=1)
   assert 4 not in levels(calls) and list(calls.corrupt) == [4]
 
 
 def test_a_batch_without_a_readable_picture_ends_the_run(mesh):
-  calls = stream.TrainStream(numbered(4, range(4)), mesh, 2, 1, 0, 2, 0, workers=1, max_corrupt=9)
+  calls = stream.TrainStream(numbered(4, range(4), max_corrupt=9), mesh, 2, 1, 0, 2, 0, workers=1)
   with pytest.raises(
     errors.UserError, match=r"^no picture of the batch of step 0 can be read; the first: picture \d is"
   ):
@@ -192,7 +191,7 @@ def test_a_batch_without_a_readable_picture_ends_the_run(mesh):
 
 
 def test_evaluation_leaves_damaged_pictures_out(mesh, capfd):
-  calls = stream.EvalStream(numbered(5, (1,)), mesh, 3, workers=1, max_corrupt=1)
+  calls = stream.EvalStream(numbered(5, (1,), max_corrupt=1), mesh, 3, workers=1)
   assert [mask.tolist() for _, mask in calls] == [[1, 0, 1], [1, 1, 0]] and list(calls.corrupt) == [1]
   assert capfd.readouterr().err == "warning: picture 1 is damaged; left out of the evaluation\n"
   with pytest.raises(
@@ -224,7 +223,7 @@ def test_other_errors_reach_the_loop_as_they_are(mesh):
       if index == 7:
         raise error
 
-    calls = stream.TrainStream(numbered(20, read=read), mesh, 5, 1, 0, 4, 0, workers=2, max_corrupt=9)
+    calls = stream.TrainStream(numbered(20, read=read, max_corrupt=9), mesh, 5, 1, 0, 4, 0, workers=2)
     with pytest.raises(type(error), match=str(error)):
       list(calls)
   with pytest.raises(errors.UserError, match=r"config\.augment\.repeats=3"):
@@ -248,7 +247,7 @@ def test_closing_stops_threads_wherever_they_are(mesh):
 
 
 def test_memory_is_bounded(mesh):
-  """Of a long run no more is read than two calls and what the threads hold."""
+  """Of a long run no more is read than two calls and two pieces for each thread, of a batch each."""
   reads, workers = [], 2
   with stream.TrainStream(numbered(20, read=reads.append), mesh, 10, 3, 0, 3000, 0, workers=workers, ahead=2) as calls:
     for taken in (1, 2):
@@ -257,7 +256,7 @@ def test_memory_is_bounded(mesh):
       while before < len(reads):
         before = len(reads)
         time.sleep(0.2)
-      assert (2 + taken) * 30 <= len(reads) <= (2 + taken) * 30 + 8 * workers
+      assert (2 + taken) * 30 <= len(reads) <= (2 + taken) * 30 + 2 * workers * 10
 
 
 def test_the_time_that_the_loop_waits_is_measured(mesh):
@@ -372,9 +371,9 @@ def read(number):
   if number == 3:
     raise stream.pictures.PictureError("three is damaged")
   return np.full((2, 2, 1), number, np.uint8)
-split = stream.Streamed(read, str, np.arange(40, dtype=np.int32), np.arange(40), (2, 2, 1))
+split = stream.Streamed(read, str, np.arange(40, dtype=np.int32), np.arange(40), (2, 2, 1), 1)
 given = []
-for call in stream.TrainStream(split, mesh, 16, 2, 2, 8, 0, 2, workers=2, max_corrupt=1):
+for call in stream.TrainStream(split, mesh, 16, 2, 2, 8, 0, 2, workers=2):
   for x, y in zip(call.inputs.addressable_shards, call.labels.addressable_shards, strict=True):
     assert x.index[:2] == y.index and x.data.shape[1] == 2
     assert (x.data[..., 0, 0, 0] == y.data).all()

@@ -37,7 +37,8 @@ def _prepare(settings, examples: int, mesh, platform: str):
   from lra_jax import optim, step, train
   from lra_jax.data import tasks
 
-  task = tasks.of(settings.task)
+  known = tasks.REGISTRY.get(settings.task.name)  # names of classes that lie with the data do not matter here
+  task = tasks.of(settings.task, known and known.class_names)
   plan = train.Plan.make(settings, examples, 1, platform)
   schedule = optim.make_schedule(settings.optim, plan.steps, plan.steps_per_epoch)
   graphdef, state, optimizer = step.init_state(settings, task, schedule)

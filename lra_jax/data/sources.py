@@ -146,14 +146,14 @@ def tiny_imagenet_folder(data_dir: str | None) -> pathlib.Path | None:
 
 
 def tiny_imagenet_names(data_dir: str | None = None) -> tuple[str, ...]:
-  """Class names of Tiny ImageNet where `tiny_imagenet` finds it, which may be a part; else the numbers 0 … 199."""
+  """Class names of Tiny ImageNet where `tiny_imagenet` finds it, maybe a part; prepares it and raises as that does."""
   from lra_jax.data import folders
 
   path = tiny_imagenet_folder(data_dir)
   if path is not None:
     return folders.list_tiny_imagenet(path).class_names
-  names = tiny_imagenet_builder(data_folder(data_dir)).info.features["label"].names or map(str, range(200))
-  return tuple(name.partition(" ")[2] or name for name in names)  # behind the WordNet id
+  builder, _ = open_tfds(data_dir, tiny_imagenet_builder)
+  return tuple(name.partition(" ")[2] for name in builder.info.features["label"].names)  # behind the WordNet id
 
 
 def imagenet2012_names(data_dir: str | None = None) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ MODELS = {
   "lru": (50, 1e-5, 2, 3e-3, dict(width=8, states=8, depth=1, patch_size=2)),
 }
 
+FEW = 8  # Steps that every run of the tests takes.
+
 
 def losses(family, implementation, steps, batch, learning_rate, fields):
   config = config_lib.load(f"configs/{family}.py", "digits")
@@ -47,11 +49,13 @@ def losses(family, implementation, steps, batch, learning_rate, fields):
 
 
 @pytest.mark.timeout(900, method="thread")
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["few", "all"])
 @pytest.mark.parametrize("family", MODELS)
-def test_training_follows_xla(family, interpreter, monkeypatch):
+def test_training_follows_xla(family, few, interpreter, monkeypatch):
   # A quarter of a chunk is then one step and not eight, most of them past the end.
   monkeypatch.setattr("kernels.linear_recurrence.mosaic._UNROLLED", 1)
   steps, bound, *model = MODELS[family]
+  steps = min(steps, FEW) if few else steps
   with dispatch.recording() as choices:
     ours = losses(family, "mosaic", steps, *model)
   assert any("mosaic" in implementations for implementations in choices.values())

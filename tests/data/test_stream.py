@@ -269,7 +269,7 @@ def test_the_time_that_the_loop_waits_is_measured(mesh):
       time.sleep(0.001)
     before = calls.waited_seconds
     next(calls)
-    assert calls.waited_seconds < before + 0.2  # it lay there
+    assert before <= calls.waited_seconds < before + 0.2  # it lay there
 
 
 def test_what_fits_is_a_share_of_the_device_memory():

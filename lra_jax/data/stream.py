@@ -252,7 +252,8 @@ class _Stream:
     self._closed.set()
     self._room.release()
     self._thread.join()
-    self._reading.close()  # its threads end with the picture that they are at
+    self._reading.close()  # its threads end with the piece that they are at
+    self._ready = queue.SimpleQueue()  # what lay there takes device memory
 
   def _run(self):
     try:
@@ -346,14 +347,15 @@ class TrainStream(_Stream):
     Args:
       split: the training examples.
       mesh: of the run; a batch is split over its devices, and a process reads only what lies on its own.
-      batch_size: B.
+      batch_size: B, a multiple of the devices.
       steps_per_call: M.
       first_step: of the first call, counted from 0.
       stop_step: behind the last call.
       seed: of the run.
       repeats: as of `resident.train_indices`; a repeated picture is read once.
       workers: threads that read and decode; None for as many as there are cores.
-      ahead: calls that are ready, or in preparation, besides those handed out: what bounds the memory.
+      ahead: calls that are ready, or in preparation, besides those handed out. With them and the one that
+        is trained on, M · (ahead + 1) batches take memory.
 
     Raises:
       UserError: as of `resident.train_indices`. The iterator raises it where too many pictures, or all of a batch,
@@ -402,7 +404,7 @@ class EvalStream(_Stream):
     workers: int | None = None,
     ahead: int = 2,
   ):
-    """Starts to read; arguments and errors as of `TrainStream`."""
+    """Starts to read; arguments and errors as of `TrainStream`, B a multiple of the devices."""
     calls = -(-len(split.labels) // batch_size)
     super().__init__(split, mesh, batch_size, 1, 1, calls, 0, workers, ahead)
 

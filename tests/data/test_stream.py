@@ -37,7 +37,7 @@ def no_threads_left():
   """No stream leaves a thread or a process behind, however it ended."""
   yield
   ours = lambda: [t for t in threading.enumerate() if t.name.startswith(("lra_jax", "grain"))]
-  deadline = time.monotonic() + 20  # grain's end with the picture that they are at
+  deadline = time.monotonic() + 20  # grain's end with the piece that they are at
   while ours() and time.monotonic() < deadline:
     time.sleep(0.01)
   assert not ours() and not multiprocessing.active_children()

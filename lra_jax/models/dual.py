@@ -1,11 +1,13 @@
 """Two sequences, one encoder: the Retrieval task of the Long Range Arena (Tay et al. 2021, section 2.2.3).
 
-The encoder's features of both, x₁ and x₂ (what its classification layer would read), become one vector
+The encoder's features of both, x₁ and x₂ (what its head would read), become one vector
 
   (x₁, x₂, x₁ ⊙ x₂, x₁ − x₂)
 
-for a head with one hidden layer, as in the "NLI" interaction of google-research/long-range-arena. There is no attention
-between the two: each must be summed up alone.
+for a head with one hidden layer, as in the official code of Nyströmformer, S4 and S5, and in the "NLI" interaction of
+google-research/long-range-arena. Its hidden layer is as wide as that of the encoder's own head, as in Nyströmformer's,
+or else as the features, as in S5's. (The benchmark's published runs feed x₁ and x₂ alone to two hidden layers, with
+nearly the same number of parameters.) There is no attention between the two: each must be summed up alone.
 """
 
 import jax
@@ -26,12 +28,15 @@ class DualEncoder(nnx.Module):
   """Logits of a pair of sequences."""
 
   def __init__(self, encoder: nnx.Module, num_classes: int, *, rngs: nnx.Rngs):
-    """Args: encoder, any model of token sequences, whose `head` is taken away; S; stream `params`."""
-    width = encoder.head.in_features
+    """Args: encoder, any model of token sequences, whose head is taken away; S; stream `params`."""
+    own = getattr(encoder, "head_hidden", None)
+    width = hidden = encoder.head.in_features
+    if own is not None:
+      width, encoder.head_hidden = own.in_features, nnx.data(None)
     encoder.head = _Features()
     self.encoder = encoder
-    self.hidden = layers.linear(4 * width, 2 * width, kernel_init=layers.lecun_normal, dtype=jnp.float32, rngs=rngs)
-    self.head = nnx.Linear(2 * width, num_classes, rngs=rngs)
+    self.hidden = layers.linear(4 * width, hidden, kernel_init=layers.lecun_normal, dtype=jnp.float32, rngs=rngs)
+    self.head = nnx.Linear(hidden, num_classes, rngs=rngs)
 
   def __call__(
     self,

@@ -105,7 +105,7 @@ class LraTransformer(nnx.Module):
 
     self.blocks = nnx.List(block() for _ in range(depth))
     self.norm = layers.layer_norm(width, epsilon=LAYER_NORM_EPSILON, **common)
-    self.head_hidden = layers.linear(width, mlp_hidden, kernel_init=layers.lecun_normal, **common)
+    self.head_hidden = nnx.data(layers.linear(width, mlp_hidden, kernel_init=layers.lecun_normal, **common))
     self.head = nnx.Linear(mlp_hidden, num_classes, rngs=rngs)
 
   def __call__(
@@ -130,12 +130,12 @@ class LraTransformer(nnx.Module):
     x = layers.run_blocks(self.blocks, x, keys[1], (0.0,) * len(self.blocks), remat=self.remat, mask_BL=mask_BL)
     x = self.norm(x)
     x = x[:, 0] if self.pool == "cls" else layers.masked_mean(x, mask_BL).astype(self.dtype)
-    return self.head(jax.nn.relu(self.head_hidden(x)).astype(jnp.float32))
+    if self.head_hidden is not None:  # taken away where two sequences share a head
+      x = jax.nn.relu(self.head_hidden(x))
+    return self.head(x.astype(jnp.float32))
 
 
 def sinusoidal(length: int, width: int) -> np.ndarray:
-  """(1, length, width) float32: sines in the first half of the width, cosines in the second, wavelengths to 2π·10⁴."""
-  frequency = 10_000.0 ** -(np.arange(width // 2) / max(width // 2 - 1, 1))
-  angle = np.arange(length).reshape(-1, 1) * frequency
-  table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-  return np.pad(table, ((0, 0), (0, width % 2))).astype(np.float32)[None]
+  """(1, length, width) float32 of even width: channels 2i and 2i + 1 are sine and cosine of t / 10⁴^(2i / width)."""
+  angle = np.arange(length).reshape(-1, 1) * 10_000.0 ** -(np.arange(0, width, 2) / width)
+  return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(1, length, -1)[..., :width].astype(np.float32)

@@ -195,7 +195,7 @@ class Nystromformer(nnx.Module):
     self.blocks = nnx.List(block() for _ in range(depth))
     self.norm = nnx.data(layers.layer_norm(width, **norm) if form == "lra" else None)
     hidden = mlp_hidden if form == "lra" else width
-    self.head_hidden = layers.linear(width, hidden, kernel_init=init, **common)
+    self.head_hidden = nnx.data(layers.linear(width, hidden, kernel_init=init, **common))
     self.head = layers.linear(hidden, num_classes, kernel_init=init, dtype=jnp.float32, rngs=rngs)
 
   def __call__(
@@ -221,8 +221,10 @@ class Nystromformer(nnx.Module):
     x = layers.run_blocks(self.blocks, x, keys[1], self.drop_rates, remat=self.remat, mask_BL=mask_BL)
     if self.form == "lra":
       x = layers.masked_mean(self.norm(x), mask_BL)
-      x = jax.nn.relu(self.head_hidden(x.astype(self.dtype)))
+      if self.head_hidden is not None:  # taken away where two sequences share a head
+        x = jax.nn.relu(self.head_hidden(x.astype(self.dtype)))
     else:
       x = layers.dropout(x[:, 0], self.dropout, keys[2])
-      x = layers.dropout(layers.gelu_tanh(self.head_hidden(x)), self.dropout, keys[3])
+      if self.head_hidden is not None:
+        x = layers.dropout(layers.gelu_tanh(self.head_hidden(x)), self.dropout, keys[3])
     return self.head(x.astype(jnp.float32))

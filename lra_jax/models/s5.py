@@ -6,8 +6,9 @@ pairs, one each is kept, and y = 2 Re(C h) + D u.
 
 Initialisation is that of the official code (lindermanlab/S5): Λ and the eigenvectors V of the normal part of
 HiPPO-LegS, in `ssm_blocks` equal blocks; B = V⁻¹ of a real matrix from N(0, 1/P'), C = (complex matrix) V, log Δ
-uniform between log 0.001 and log 0.1, D from N(0, 1). The matrix C is drawn in the published LRA runs from a far
-narrower distribution than LeCun's (flax takes the leading axis for a receptive field); that is kept.
+uniform between log 0.001 and log 0.1, D from N(0, 1). The matrix C is drawn in half of the published LRA runs from a
+far narrower distribution than LeCun's (flax takes the leading axis for a receptive field); that is kept, and the other
+two are there (`C_INITS`).
 
 Axes: B batch, L steps, D width, P states kept, P' = 2P all states.
 """
@@ -23,7 +24,10 @@ import kernels.linear_recurrence
 from lra_jax import errors
 from lra_jax.models import linear_rnn
 
-STEP_RANGE = (1e-3, 1e-1)  # of Δ, "dt_min" and "dt_max"
+STEP_MAX = 1e-1  # of Δ, "dt_max"
+# Real and imaginary part of what V is multiplied with: truncated normal, of variance 1 / (D P') or 1 / P'; or C itself
+# from N(0, 1/2).
+C_INITS = ("lecun_normal", "trunc_standard_normal", "complex_normal")
 LARGEST_REAL_PART = -1e-4  # of Λ where it is clipped
 
 S5_MODELS = {
@@ -37,7 +41,10 @@ S5_MODELS = {
 class Ssm(nnx.Module):
   """The state space layer of one block: (B, L, D) → (B, L, D)."""
 
-  def __init__(self, width, states, blocks, *, bidirectional, clip_eigenvalues, implementation, dtype, rngs):
+  def __init__(
+    self, width, states, blocks, *, bidirectional, clip_eigenvalues, c_init, step_min, implementation, dtype, rngs
+  ):
+    errors.check_known("config.model.c_init:", c_init, C_INITS)
     if states % (2 * blocks):
       raise errors.UserError(f"config.model.states={states} must be a multiple of 2 × ssm_blocks={blocks}")
     self.bidirectional, self.clip, self.implementation = bidirectional, clip_eigenvalues, implementation
@@ -46,7 +53,7 @@ class Ssm(nnx.Module):
     kept = states // 2
     self.lambda_re = nnx.Param(jnp.asarray(np.tile(eigenvalues.real, blocks), jnp.float32))
     self.lambda_im = nnx.Param(jnp.asarray(np.tile(eigenvalues.imag, blocks), jnp.float32))
-    low, high = np.log(STEP_RANGE)
+    low, high = np.log((step_min, STEP_MAX))
     self.log_step = nnx.Param(jax.random.uniform(rngs.params(), (kept,), jnp.float32, low, high))
     vectors = np.kron(np.eye(blocks), vectors)  # (P', P)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -55,8 +62,15 @@ class Ssm(nnx.Module):
     self.w_b_re, self.w_b_im = nnx.Param(product(v_re.T, b)), nnx.Param(product(-v_im.T, b))
     c_re, c_im = [], []
     for _ in range(1 + bidirectional):
+      if c_init == "complex_normal":
+        draw = 0.5**0.5 * jax.random.normal(rngs.params(), (2, width, kept), jnp.float32)
+        c_re.append(draw[0])
+        c_im.append(draw[1])
+        continue
       # flax's lecun_normal of shape (D, P', 2): a truncated normal of variance 1 / (D P').
       draw = jax.nn.initializers.lecun_normal()(rngs.params(), (width, states, 2), jnp.float32)
+      if c_init == "trunc_standard_normal":
+        draw = draw * width**0.5
       c_re.append(product(draw[..., 0], v_re) - product(draw[..., 1], v_im))
       c_im.append(product(draw[..., 0], v_im) + product(draw[..., 1], v_re))
     # (D, P) or (D, 2P): first of the states that run forward, then of those that run backward.
@@ -101,6 +115,8 @@ class S5(linear_rnn.Stack):
     ssm_blocks: int,
     bidirectional: bool = False,
     clip_eigenvalues: bool = False,
+    c_init: str = "lecun_normal",
+    step_min: float = 1e-3,
     patch_size: int = 1,
     norm: str = "batch",
     norm_momentum: float = 0.95,
@@ -126,6 +142,8 @@ class S5(linear_rnn.Stack):
       ssm_blocks: equal blocks that the states are initialised in.
       bidirectional: whether a second set of states runs from the end to the start.
       clip_eigenvalues: whether the real parts of Λ are kept below −10⁻⁴.
+      c_init: what C is drawn from, one of `C_INITS` ("C_init").
+      step_min: smallest Δ at the start ("dt_min").
       patch_size: pixels; 1 for sequences and tokens.
       norm: "batch" or "layer".
       norm_momentum: of BatchNorm's running statistics.
@@ -149,6 +167,8 @@ class S5(linear_rnn.Stack):
         ssm_blocks,
         bidirectional=bidirectional,
         clip_eigenvalues=clip_eigenvalues,
+        c_init=c_init,
+        step_min=step_min,
         implementation=implementation,
         dtype=jnp.dtype(dtype),
         rngs=rngs,

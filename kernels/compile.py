@@ -122,7 +122,7 @@ def compile_for_h200(function: Callable, *arguments: Any) -> Program:
 
   Args:
     function: of arrays; jitted here unless it is already.
-    *arguments: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them. One that has no sharding over a mesh of `mesh`
+    *arguments: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them. One that has no sharding over devices of `mesh`
       is whole on one device.
 
   Raises:
@@ -134,7 +134,7 @@ def compile_for_h200(function: Callable, *arguments: Any) -> Program:
 
   def placed(a):
     sharding = getattr(a, "sharding", None)
-    placed_there = isinstance(sharding, NamedSharding) and sharding.mesh in (mesh(), mesh(4))
+    placed_there = isinstance(sharding, NamedSharding) and sharding.mesh.devices.flat[0].platform != "cpu"
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding if placed_there else whole)
 
   # Pallas asks which GPU it lowers for; without one present it takes this description.

@@ -4,6 +4,7 @@ Imports ml_collections alone, so that a config can be read without JAX.
 """
 
 import difflib
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -59,6 +60,66 @@ SEQUENCE_TASKS = (
   "digits_sequence", "digits_permuted", "digits_tokens",
 )  # fmt: skip
 TEXT_TASKS = ("listops", "text", "retrieval")
+PIXELS = 32  # side that models of single pixels read large images at: 1,024 steps
+
+
+class Budget(NamedTuple):
+  """What the Long Range Arena (Tay et al. 2021) grants to every model of a task, in examples and optimizer steps."""
+
+  examples: int  # of the training split
+  batch_size: int
+  steps: int
+  eval_every: int
+  warmup: int  # of the learning rate of its Transformer
+  eval_batch_size: int  # ours: what fits with attention of all tokens to all
+
+
+# lra_benchmarks/*/configs/base_*_config.py of google-research/long-range-arena. Of the 25,000 reviews of text a tenth
+# is for validation here; there the test split is.
+LRA = {
+  "listops": Budget(96_000, 32, 5_000, 50, 1_000, 50),
+  "text": Budget(22_500, 32, 20_000, 100, 8_000, 50),
+  "retrieval": Budget(147_086, 32, 5_000, 100, 8_000, 25),
+  "lra_image": Budget(45_000, 256, 35_000, 175, 175, 250),
+  "pathfinder": Budget(160_000, 512, 62_400, 312, 312, 250),
+  "path_x": Budget(160_000, 64, 500_000, 2_500, 2_500, 10),
+}
+
+
+def lra(task: str) -> str | None:
+  """The task of the Long Range Arena that this one is, pixels as tokens or as real numbers; None for others."""
+  name = task.removesuffix("_real")
+  return name if name in LRA else None
+
+
+def lra_epochs(task: str, batch_size: int, steps: int) -> float:
+  """So many optimizer steps in epochs of a task of the Long Range Arena."""
+  return steps * batch_size / LRA[lra(task)].examples
+
+
+def lra_budget(c: ConfigDict, task: str, **changes: int) -> None:
+  """Steps, batch size and how often is evaluated, as the Long Range Arena has them; and its last checkpoint's rule:
+  the one that is best on validation.
+
+  Args:
+    c: changed in place.
+    task: one of the Long Range Arena's.
+    **changes: fields of `Budget` that a publication has otherwise.
+  """
+  budget = LRA[lra(task)]._replace(**changes)
+  c.train.batch_size = budget.batch_size
+  c.train.steps = budget.steps
+  c.eval.every_epochs = lra_epochs(task, budget.batch_size, budget.eval_every)
+  c.eval.batch_size = budget.eval_batch_size
+
+
+def lra_recipe(c: ConfigDict, task: str, learning_rate: float = 1e-3) -> None:
+  """Ours, where nothing is published: the budget, AdamW, a twentieth of the steps warm-up, cosine, no augmentation."""
+  lra_budget(c, task)
+  c.optim.learning_rate = learning_rate
+  c.optim.weight_decay = 0.05
+  c.optim.schedule.warmup_epochs = lra_epochs(task, c.train.batch_size, c.train.steps // 20)
+  c.optim.schedule.final_rate = 0.0
 
 
 def tasks_with(default: str) -> tuple[str, ...]:
@@ -67,37 +128,56 @@ def tasks_with(default: str) -> tuple[str, ...]:
 
 
 def start(
-  argument: str | None, tasks: tuple[str, ...], variants: dict[str, str], *, digits: str, **fields: type
-) -> tuple[ConfigDict, str]:
+  argument: str | None,
+  tasks: tuple[str, ...],
+  variants: dict[str, str],
+  *,
+  digits: str,
+  per_task: dict[str, dict[str, Any]] | None = None,
+  recipes: tuple[str, ...] = (),
+  **fields: type,
+) -> tuple[ConfigDict, str, str]:
   """A config with all fields at their defaults, and the rest of what most configs begin with.
 
   Args:
-    argument: what follows the colon: task and `variant=`.
+    argument: what follows the colon: task, `variant=` and `recipe=`.
     tasks: that the models can read, default first.
     variants: value of the option `variant` → name of the model, default first.
     digits: the variant that is default on the digits tasks.
+    per_task: what the model of a task is unless a variant is given: "variant" and fields of `config.model`.
+    recipes: values of the option `recipe`.
     **fields: of `config.model`, with their types; None until overridden: the preset holds.
 
   Returns:
-    The config and the name of its task.
+    The config, the name of its task, and the recipe, "" for the default one.
 
   Raises:
     ValueError: a task, option or value that there is not.
   """
-  task, options = parse(argument, tasks, variant=tuple(variants))
-  variant = options["variant"] or (digits if task.startswith("digits") else next(iter(variants)))
-  c = base(variants[variant], task)
+  more = {"recipe": recipes} if recipes else {}
+  task, options = parse(argument, tasks, variant=tuple(variants), **more)
+  key = FOLDER if task.startswith("folder:") else lra(task) or task
+  own = {"variant": digits if task.startswith("digits") else next(iter(variants))} | (per_task or {}).get(key, {})
+  if options["variant"]:
+    own = {"variant": options["variant"]}
+  c = base(variants[own.pop("variant")], task)
   for name, kind in fields.items():
     c.model[name] = optional(kind)
+  c.model.update(own)
+  recipe = options.get("recipe", "")
+  if recipe and key not in IMAGE_TASKS:
+    raise ValueError(f"recipe = {recipe!r} is for pictures; task {task!r} has none")
   if "patch_size" in fields and task in (*SEQUENCE_TASKS, *TEXT_TASKS):
     c.model.patch_size = 1
   if task.startswith("digits"):
     digits_recipe(c)
   elif task in SEQUENCE_TASKS or task in TEXT_TASKS:
     c.eval.batch_size = 250  # divides 5,000 and 10,000; long sequences need memory
+  elif key in LARGE_IMAGE_TASKS:
+    c.eval.batch_size = 250
   else:
     c.eval.batch_size = 1000
-  return c, task
+  return c, task, recipe
 
 
 def digits_recipe(c: ConfigDict) -> None:
@@ -135,10 +215,105 @@ def recurrent_digits_recipe(c: ConfigDict) -> None:
   c.optim.weight_decay = 0.0
 
 
+def is_large(task: str) -> bool:
+  """Whether a task has pictures larger than CIFAR's."""
+  return task in LARGE_IMAGE_TASKS or task.startswith("folder:")
+
+
+def flips(task: str) -> bool:
+  """Whether a mirrored picture keeps its class: not a digit; nor, to be safe, clothes and shoes that all look left."""
+  return "mnist" not in task
+
+
+def image_recipe(c: ConfigDict) -> None:
+  """`imagenet_recipe` for large pictures, else `small_image_recipe`."""
+  if is_large(c.task.name):
+    imagenet_recipe(c)
+  else:
+    small_image_recipe(c)
+
+
+def imagenet_recipe(c: ConfigDict) -> None:
+  """That of Sequencer's ImageNet training (Tatsunami & Taki 2022), with the batch of 256 of one device.
+
+  310 epochs, 20 of them warm-up and the last 10 at the lowest rate; AdamW 2e-3, decay 0.05, cosine to 1e-6, smoothing,
+  MixUp, CutMix, erasing, RandAugment, random resized crop, flip, bfloat16. Clipping at 1 is ours: the paper's batch is
+  2048 at this rate.
+  """
+  c.model.dtype = "bfloat16"
+  c.train.batch_size = 256
+  c.train.epochs = 310.0
+  c.train.label_smoothing = 0.1
+  c.train.mixup = 0.8
+  c.train.cutmix = 1.0
+  c.augment.crop_scale = (0.08, 1.0)
+  c.augment.crop_ratio = (0.75, 1.33)
+  c.augment.flip = flips(c.task.name)
+  c.augment.policy = "rand-m9-mstd0.5-inc1"
+  c.augment.erase_probability = 0.25
+  c.augment.erase_mode = "pixel"
+  c.augment.eval_crop_share = 0.875
+  c.optim.learning_rate = 2e-3
+  c.optim.weight_decay = 0.05
+  c.optim.schedule.warmup_epochs = 20.0
+  c.optim.schedule.warmup_rate = 1e-6
+  c.optim.schedule.cooldown_epochs = 10.0
+  c.optim.schedule.final_rate = 1e-6
+  c.eval.batch_size = 250
+
+
+def keras_recipe(c: ConfigDict) -> None:
+  """That of the Keras example "Image classification with modern MLP models" for CIFAR-100: pictures at 64 × 64.
+
+  AdamW 5e-3, decay 1e-4, 50 epochs at batch 128; half the rate after 5 evaluations without a lower loss, the end after
+  10 without a better accuracy; flip, zoom by a fifth.
+  """
+  c.task.image_size = 64
+  c.model.patch_size = 8
+  c.model.width = 256
+  c.model.depth = 4
+  c.train.batch_size = 128
+  c.train.epochs = 50.0
+  c.augment.flip = flips(c.task.name)
+  c.augment.zoom = (0.8, 1.2)
+  c.optim.learning_rate = 5e-3
+  c.optim.weight_decay = 1e-4
+  c.optim.clip_norm = 0.0
+  c.optim.schedule.name = "plateau"
+  c.optim.schedule.factor = 0.5
+  c.optim.schedule.patience = 5
+  c.eval.early_stop_patience = 10
+
+
+def patches_recipe(c: ConfigDict) -> None:
+  """For comparing ConvMixer, ViT and ResNet on one budget: 30 epochs, one-cycle AdamW, flip, random resized crop.
+
+  Pictures have 160 × 160 pixels, and 30 % of the training examples are for validation. Batch, rate and decay are ours.
+  """
+  if c.task.name != "imagenette":
+    c.task.image_size = 160
+  c.task.validation_fraction = 0.3
+  c.train.batch_size = 64
+  c.train.epochs = 30.0
+  c.augment.crop_scale = (0.08, 1.0)
+  c.augment.flip = flips(c.task.name)
+  c.optim.learning_rate = 2e-3
+  c.optim.weight_decay = 0.05
+  c.optim.schedule.name = "one_cycle"
+  c.eval.batch_size = 250
+
+
+def as_pixels(c: ConfigDict) -> None:
+  """Brings large pictures to `PIXELS` × `PIXELS`, for models that read them pixel by pixel."""
+  if is_large(c.task.name):
+    c.task.image_size = PIXELS
+
+
 def small_image_recipe(c: ConfigDict) -> None:
   """Ours, for CIFAR-10 where the paper has none: AdamW, cosine, flip and shifts, MixUp, CutMix, erasing.
 
-  Without the last three, and with smaller batches, where the model gets its 1024 pixels one by one.
+  No flip of MNIST's pictures. Without the last three, and with smaller batches, where the model gets its 1024 pixels
+  one by one.
   """
   c.train.batch_size = 256
   c.train.epochs = 200.0
@@ -146,7 +321,7 @@ def small_image_recipe(c: ConfigDict) -> None:
   c.train.mixup = 0.8
   c.train.cutmix = 1.0
   c.augment.crop_pad = 4
-  c.augment.flip = True
+  c.augment.flip = flips(c.task.name)
   c.augment.erase_probability = 0.25
   c.optim.learning_rate = 1e-3
   c.optim.weight_decay = 0.05
@@ -220,7 +395,9 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.name = "adamw"  # or "adam", "sgd", "lion"
   c.optim.learning_rate = 1e-3  # its peak
   c.optim.weight_decay = 0.05  # of weight matrices; not of biases, norms, embeddings
+  c.optim.no_decay = ()  # names of weight matrices that are not decayed either
   c.optim.recurrence_rate = 1.0  # factor on the rate of linear recurrences' eigenvalues and steps (S5, LRU)
+  c.optim.recurrence = ()  # names of the parameters it is for instead
   c.optim.b1 = 0.9
   c.optim.b2 = 0.999
   c.optim.eps = 1e-8
@@ -232,7 +409,7 @@ def base(model: str, task: str) -> ConfigDict:
   c.optim.ema_decay = 0.0  # moving average of the parameters, used for evaluation; 0 for off
 
   c.optim.schedule = ConfigDict()
-  c.optim.schedule.name = "cosine"  # or "one_cycle", "piecewise", "linear", "plateau", "constant"
+  c.optim.schedule.name = "cosine"  # or "one_cycle", "piecewise", "linear", "rsqrt", "plateau", "constant"
   c.optim.schedule.warmup_epochs = 0.0  # linear, from warmup_rate to the peak
   c.optim.schedule.warmup_rate = 1e-6
   c.optim.schedule.cooldown_epochs = 0.0  # at final_rate, at the end of cosine

@@ -3,11 +3,13 @@
   python -m lra_jax.main --config configs/sequencer2d.py:digits             98 % and more in a minute on 2 CPU cores
   python -m lra_jax.main --config configs/sequencer2d.py                    CIFAR-10, our preset for 32 px
   python -m lra_jax.main --config configs/sequencer2d.py:cifar10,variant=s  the paper's S (4 × 4 tokens at 32 px)
+  python -m lra_jax.main --config configs/sequencer2d.py:imagenet2012       S; also :imagenette, :folder:PATH …
+  python -m lra_jax.main --config configs/sequencer2d.py:tiny_imagenet      our preset for 64 px, or ,variant=xs
+  python -m lra_jax.main --config configs/sequencer2d.py:cifar10,variant=xs,recipe=imagenet
 
-Recipe of the paper's ImageNet training (AdamW 2e-3 at batch 2048, weight decay 0.05, 20 of 300 epochs warm-up from
-1e-6, cosine, label smoothing 0.1, MixUp 0.8, CutMix 1.0, random erasing 0.25 pixel), scaled to CIFAR-10: fewer epochs,
-pad-and-crop instead of random resized crop, clipping at 1 as in its CIFAR transfer. RandAugment is missing here.
-Measured accuracies are in docs/results.md.
+Large pictures, and small ones with `recipe=imagenet`, get the recipe of the paper's ImageNet training
+(`configs.common.imagenet_recipe`). CIFAR-10 and the like get it scaled down (`configs.common.small_image_recipe`):
+fewer epochs, pad-and-crop instead of random resized crop, no RandAugment. Measured accuracies are in docs/results.md.
 """
 
 from configs import common
@@ -16,16 +18,21 @@ VARIANTS = ("small32", "tiny32", "small64", "digits", "xs", "s", "m", "l")
 
 
 def get_config(argument: str | None = None):
-  return build("sequencer2d", argument, VARIANTS, {"cifar10": "small32", "digits": "digits"})
+  large = {key: {"variant": "s"} for key in common.LARGE_IMAGE_TASKS} | {"tiny_imagenet": {"variant": "small64"}}
+  return build("sequencer2d", argument, VARIANTS, large)
 
 
-def build(family, argument, variants, defaults):
-  """The config of one of both Sequencers; `defaults` has the variant of every task."""
+def build(family, argument, variants, large):
+  """The config of one of both Sequencers; `large` has the models of tasks of large pictures."""
   names = {variant: f"{family}_{variant}" for variant in variants}
   fields = dict(drop_path=float, depths=tuple, patch_sizes=tuple, embed_dims=tuple, hidden_sizes=tuple)
-  c, task = common.start(argument, common.IMAGE_TASKS, names, digits=defaults["digits"], **fields)
+  c, task, recipe = common.start(
+    argument, common.IMAGE_TASKS, names, digits="digits", per_task=large, recipes=("imagenet",), **fields
+  )
   c.model.unroll = 1  # LSTM steps in one iteration of the loop; 1 is the fastest on CPU (docs/results.md)
   c.model.implementation = common.optional(str)  # of the LSTM: "xla" or "reference"; None for the best that can serve
-  if task == "cifar10":
-    common.small_image_recipe(c)
+  if recipe:
+    common.imagenet_recipe(c)
+  elif not task.startswith("digits"):
+    common.image_recipe(c)
   return c

@@ -1,5 +1,7 @@
 """Optimizers, schedules, weight-decay mask, moving average: Optax, chosen by config."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from lra_jax import errors
 from lra_jax.models import layers
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
-SCHEDULES = ("cosine", "one_cycle", "piecewise", "linear", "plateau", "constant")
+SCHEDULES = ("cosine", "one_cycle", "piecewise", "linear", "rsqrt", "plateau", "constant")
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch: float) -> optax.Schedule:
@@ -32,8 +34,8 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
   peak, schedule = config.learning_rate, config.schedule
   errors.check_known("config.optim.schedule.name:", schedule.name, SCHEDULES)
   warmup = round(schedule.warmup_epochs * steps_per_epoch)
-  cooldown = round(schedule.cooldown_epochs * steps_per_epoch)
-  if warmup + cooldown >= steps:
+  cooldown = round(schedule.cooldown_epochs * steps_per_epoch) if schedule.name == "cosine" else 0
+  if warmup + cooldown >= steps and schedule.name != "rsqrt":  # it has no end, and may stop while it rises
     raise errors.UserError(
       f"config.optim.schedule: warmup_epochs={schedule.warmup_epochs} and cooldown_epochs={schedule.cooldown_epochs} "
       f"are {warmup + cooldown} steps, the whole training has {steps}; shorten them or train longer"
@@ -67,6 +69,11 @@ def make_schedule(config: ml_collections.ConfigDict, steps: int, steps_per_epoch
         f"config.optim.schedule: shares={shares} must ascend from 0 to 1, with one of factors={factors} for each"
       )
     return lambda step: peak * jnp.interp(step / steps, jnp.asarray(shares), jnp.asarray(factors))
+  if schedule.name == "rsqrt":  # Vaswani et al. 2017, section 5.3: after the warm-up's w steps, peak · √(w / t)
+    start = max(warmup, 1)
+    return optax.join_schedules(
+      [warm, lambda step: peak * jnp.sqrt(start / jnp.maximum(step + warmup, start))], [warmup]
+    )
   if schedule.name == "piecewise":
     boundaries = {round(epoch * steps_per_epoch) - warmup: schedule.factor for epoch in schedule.boundaries_epochs}
     return optax.join_schedules([warm, optax.piecewise_constant_schedule(peak, boundaries)], [warmup])
@@ -79,14 +86,32 @@ def make_plateau(config: ml_collections.ConfigDict) -> optax.GradientTransformat
   return optax.contrib.reduce_on_plateau(factor=schedule.factor, patience=schedule.patience, rtol=0.0, atol=1e-4)
 
 
-def decay_mask(params: Any) -> Any:
-  """True for weight matrices, False for biases, norms, embeddings and positions; same tree as `params`."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: layers.is_weight(path[-1].key), params)
+def decay_mask(params: Any, spared: Sequence[str] = ()) -> Any:
+  """True for weight matrices, False for biases, norms, embeddings, positions and names of `spared`; a tree as `params`.
+
+  Raises:
+    UserError: a name that no parameter has.
+  """
+  _check_names("no_decay", spared, params)
+  keep = lambda path, _: layers.is_weight(path[-1].key) and path[-1].key not in spared
+  return jax.tree_util.tree_map_with_path(keep, params)
 
 
-def recurrence_mask(params: Any) -> Any:
-  """True for the eigenvalues and step sizes of linear recurrences; same tree as `params`."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in layers.RECURRENCE, params)
+def recurrence_mask(params: Any, names: Sequence[str] = ()) -> Any:
+  """True for parameters of these names, by default the eigenvalues and steps of linear recurrences; as `params`.
+
+  Raises:
+    UserError: a name that no parameter has.
+  """
+  _check_names("recurrence", names, params)
+  chosen = names or layers.RECURRENCE
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in chosen, params)
+
+
+def _check_names(field, names, params):
+  there = sorted({str(path[-1].key) for path, _ in jax.tree_util.tree_leaves_with_path(params)}) if names else ()
+  for name in names:
+    errors.check_known(f"config.optim.{field}: parameter", name, there)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -100,7 +125,8 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
   errors.check_known("config.optim.name:", config.name, OPTIMIZERS)
   if config.recurrence_rate < 0:
     raise errors.UserError(f"config.optim.recurrence_rate={config.recurrence_rate} must not be negative")
-  decoupled = dict(weight_decay=config.weight_decay, mask=decay_mask)
+  mask = functools.partial(decay_mask, spared=tuple(config.no_decay))
+  decoupled = dict(weight_decay=config.weight_decay, mask=mask)
   coupled = optax.add_decayed_weights(**decoupled)
   optimizer = {
     "adamw": lambda: optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, **decoupled),
@@ -109,8 +135,9 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
     "lion": lambda: optax.lion(schedule, b1=config.b1, b2=config.b2, **decoupled),
   }[config.name]()
   if config.recurrence_rate != 1:
-    slower = optax.masked(optax.scale(config.recurrence_rate), recurrence_mask)
-    optimizer = optax.chain(optimizer, slower)  # Adam's update is proportional to the rate, and these are not decayed
+    names = functools.partial(recurrence_mask, names=tuple(config.recurrence))
+    slower = optax.masked(optax.scale(config.recurrence_rate), names)
+    optimizer = optax.chain(optimizer, slower)  # Adam's update and its decay are proportional to the rate
   if not config.clip_norm:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

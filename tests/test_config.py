@@ -3,6 +3,8 @@
 After a change that is meant: `UPDATE_GOLDEN=1 pytest tests/test_config.py`, and read the diff.
 """
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -10,22 +12,30 @@ import sys
 
 import pytest
 from commands import ROOT, options
+from flax import nnx
 
 from configs import common
 from lra_jax import config as config_lib
-from lra_jax import errors, models
+from lra_jax import errors, models, optim, runs
 from lra_jax.data import tasks
 
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem not in ("common", "__init__"))
 ARGUMENTS = {  # besides the default and digits
-  "sequencer2d.py": ["cifar10,variant=s"],
+  "sequencer2d.py": ["cifar10,variant=s", "cifar10,variant=xs,recipe=imagenet", "tiny_imagenet", "imagenet2012"],
   "vanilla_sequencer.py": ["cifar10,variant=s_pe"],
-  "fnet.py": ["cifar10"],
-  "lipschitz_rnn.py": ["cifar10_permuted"],
-  "lru.py": ["lra_image_real,variant=large"],
-  "nystromformer.py": ["cifar10,variant=tiny32"],
-  "s5.py": ["cifar10_sequence"],
-  "vit.py": ["cifar10,variant=ti16", "lra_image"],
+  "convmixer.py": ["imagenette,recipe=patches"],
+  "resnet.py": ["imagenette,recipe=patches"],
+  "fnet.py": ["cifar10", "pathfinder"],
+  "gmlp.py": ["imagenette"],
+  "lipschitz_rnn.py": ["cifar10_permuted", "path_x"],
+  "lra_transformer.py": ["listops", "text", "pathfinder", "path_x"],
+  "lru.py": ["lra_image_real,variant=large", "path_x_real"],
+  "mlp_mixer.py": ["cifar100,recipe=keras"],
+  "nystromformer.py": ["cifar10,variant=tiny32", "retrieval"],
+  "pit.py": ["tiny_imagenet"],
+  "s5.py": ["cifar10_sequence", "text", "path_x_real"],
+  "trellisnet.py": ["text"],
+  "vit.py": ["cifar10,variant=ti16", "lra_image", "imagenet2012", "mnist"],
 }
 CASES = [(name, argument) for name in CONFIGS for argument in ["", "digits", *ARGUMENTS.get(name, [])]]
 
@@ -72,6 +82,65 @@ def test_configs_import_ml_collections_alone():
   )
   process = subprocess.run([sys.executable, "-c", code], **options())
   assert process.stdout.strip() == "set()", process.stdout + process.stderr
+
+
+def test_every_task_of_every_config_fits_its_model(tmp_path):
+  """Fields are the model's, recipes are the task's, and a short run of each has a schedule; nothing is built."""
+  for name in CONFIGS:
+    module = importlib.import_module(f"configs.{name[:-3]}")
+    for task_name in getattr(module, "TASKS", common.IMAGE_TASKS):
+      if task_name == common.FOLDER:
+        task_name = f"folder:{tmp_path}"
+        for folder in ("train/a", "train/b", "val/a", "val/b"):
+          (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+      config = module.get_config(task_name)
+      overridden = {field for field, value in config.model.to_dict().items() if value is not None}
+      assert overridden - {"name", "init"} <= models.fields(config.model.name), (name, task_name)
+      task = dataclasses.replace(tasks.get(task_name), names=None)  # names are the data's; these need not be there
+      options = {"length": config.task.length, "image_size": config.task.image_size}
+      assert {option for option, value in options.items() if value} <= set(task.options), (name, task_name)
+      is_text, flip = task.image_shape is None, config.augment.flip
+      assert not (flip and (is_text or "mnist" in task_name or "digits" in task_name)), (name, task_name)
+      assert not (is_text and (config.train.mixup or config.train.cutmix or config.augment.crop_pad))
+      assert config.train.batch_size % config.train.accumulate == 0
+      optim.make_schedule(config.optim, config.train.steps or round(config.train.epochs * 100), 100.0)
+
+
+def count(argument, name):
+  config = config_lib.load(str(ROOT / "configs" / name), argument)
+  size = config.task.image_size
+  task = tasks.get("imagenette")
+  task = dataclasses.replace(task, image_shape=(size, size, 3)) if size else task
+  assert config.train.batch_size == 64 and config.train.epochs == 30 and config.task.validation_fraction == 0.3
+  return models.count_params(nnx.eval_shape(lambda: runs.create_model(config, task)))
+
+
+@pytest.mark.parametrize("task", ["imagenette", "imagenette_full"])
+def test_three_ways_with_patches_are_of_one_size(task):
+  """ConvMixer 256/12 with patch and kernel 7, a ViT of 6 layers and 8 heads, a narrowed ResNet-18, at 160 px."""
+  counts = {name: count(f"{task},recipe=patches", name) for name in ("convmixer.py", "vit.py", "resnet.py")}
+  assert all(800_000 <= n <= 1_600_000 for n in counts.values()), counts
+  vit = config_lib.load(str(ROOT / "configs/vit.py"), f"{task},recipe=patches").model
+  convmixer = config_lib.load(str(ROOT / "configs/convmixer.py"), f"{task},recipe=patches").model
+  assert (vit.depth, vit.heads) == (6, 8)
+  assert (convmixer.width, convmixer.depth, convmixer.kernel_size, convmixer.patch_size) == (256, 12, 7, 7)
+
+
+def test_recipes_are_for_pictures():
+  with pytest.raises(errors.UserError, match="recipe = 'keras' is for pictures; task 'listops' has none"):
+    config_lib.load(str(ROOT / "configs/fnet.py"), "listops,recipe=keras")
+  with pytest.raises(errors.UserError, match="recipe = 'patch' does not exist here; did you mean 'patches'"):
+    config_lib.load(str(ROOT / "configs/vit.py"), "imagenette,recipe=patch")
+  with pytest.raises(errors.UserError, match="option 'recipe' does not exist here"):
+    config_lib.load(str(ROOT / "configs/lru.py"), "imagenette,recipe=patches")
+
+
+def test_a_variant_of_ones_own_is_the_presets():
+  """Sizes of a task's default model are not laid over a variant that was asked for."""
+  own, given = (
+    config_lib.load(str(ROOT / "configs/fnet.py"), a).model for a in ("retrieval", "retrieval,variant=base")
+  )
+  assert (own.name, own.width) == ("fnet_small", 128) and (given.name, given.width) == ("fnet_base", None)
 
 
 def test_options_after_the_colon():

@@ -55,6 +55,18 @@ def test_piecewise_and_constant():
   np.testing.assert_allclose(rates(30, schedule="constant"), 0.4, rtol=1e-6)
 
 
+def test_rsqrt_is_the_benchmarks():
+  """google-research/long-range-arena: constant · min(1, t / w) / √max(t, w), with 0.05 and w = 1000 for ListOps."""
+  t = np.arange(0, 5000, 7, dtype=np.float64)
+  truth = 0.05 * np.minimum(1, t / 1000) / np.sqrt(np.maximum(t, 1000))
+  fields = dict(schedule="rsqrt", learning_rate=0.05 / 1000**0.5, warmup_epochs=10.0, warmup_rate=0.0)
+  schedule = optim.make_schedule(settings(**fields), 5000, 100.0)
+  np.testing.assert_allclose(jax.vmap(schedule)(t.astype(np.int32)), truth, rtol=1e-5)
+  # Retrieval: 5,000 steps, all of them in a warm-up of 8,000.
+  assert rates(50, **fields | {"warmup_epochs": 8.0})[-1] == pytest.approx(0.05 / 1000**0.5 * 49 / 80)
+  assert rates(50, **fields | {"warmup_epochs": 0.0})[16] == pytest.approx(0.05 / 1000**0.5 / 4)
+
+
 def test_linear_through_its_corners():
   r = rates(100, schedule="linear", shares=(0.0, 0.4, 0.8, 1.0), factors=(0.0, 1.0, 0.05, 0.0))
   truth = np.interp(np.arange(100), [0, 40, 80, 100], [0, 0.4, 0.02, 0])
@@ -81,6 +93,17 @@ def test_recurrences_have_a_rate_of_their_own_and_no_decay(name):
   assert slow == expected[name]
   for key, update in step[1.0].items():  # Adam's first step is the rate; a decayed one depends on the weight too
     assert (np.ptp(np.asarray(update)) > 1e-4) == key.startswith("w_")
+  if name == "s5_digits":  # B as in S5's "standard" setting: at the recurrence's rate, not decayed; steps at the other
+    fields = dict(recurrence=("lambda_re", "lambda_im", "w_b_re", "w_b_im"), no_decay=("w_b_re", "w_b_im"))
+    optimizer = optim.make_optimizer(
+      settings(weight_decay=0.5, recurrence_rate=0.25, clip_norm=0.0, **fields), lambda t: 0.1
+    )
+    update = optimizer.update(grads, optimizer.init(params), params)[0]["blocks"][0]["cell"]
+    np.testing.assert_allclose(update["w_b_re"], -0.025, rtol=1e-5)
+    np.testing.assert_allclose(update["log_step"], -0.1, rtol=1e-5)
+    assert np.ptp(np.asarray(update["w_c_re"])) > 1e-4
+    with pytest.raises(errors.UserError, match=r"no_decay: parameter 'w_b' does not exist; did you mean"):
+      optim.make_optimizer(settings(no_decay=("w_b",)), lambda t: 0.1).init(params)
   with pytest.raises(errors.UserError, match=r"recurrence_rate=-1\.0 must not be negative"):
     optim.make_optimizer(settings(recurrence_rate=-1.0), lambda t: 0.1)
 

@@ -1,4 +1,4 @@
-"""bfloat16: after 100 training steps on digits its logits are those of float32 within 2 %, and it trains by itself."""
+"""bfloat16: after some training steps on digits its logits are those of float32 within 2 %, and it trains by itself."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from lra_jax import models, parallel, runs, step
 from lra_jax.data import augment, resident, tasks
 
 DIGITS = [name for name in models.names() if name.endswith("_digits")]
-STEPS = 100
+STEPS = {name: 40 for name in DIGITS} | {"vanilla_sequencer_digits": 100}  # its loss begins to fall after 40
 
 
 def settings(name, **fields):
@@ -42,7 +42,7 @@ def start(config, steps):
 @pytest.mark.parametrize("name", DIGITS)
 def test_bfloat16_logits_are_float32s_within_2_percent_after_training(name):
   config = settings(name)
-  state, losses, data, task = start(config, STEPS)
+  state, losses, data, task = start(config, STEPS[name])
   assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02, losses
   x = augment.prepare(data.inputs[:128], task)
   logits = {}

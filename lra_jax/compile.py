@@ -14,6 +14,7 @@ and N steps, so that the rows have times; the implementations follow each other,
 """
 
 import functools
+import os
 import statistics
 import sys
 import time
@@ -160,6 +161,8 @@ def main() -> None:
   arguments = errors.parse_flags(sys.argv, required=(), positional="config files", optional=True)
   if not arguments:
     raise errors.UserError("no config file given; try `python -m lra_jax.compile configs/fnet.py:lra_image`")
+  if not _STEPS.value:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; JAX would look for the libraries of a GPU
   from kernels import dispatch
   from lra_jax import models
 

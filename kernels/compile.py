@@ -219,6 +219,8 @@ def main() -> None:
     parser.error("--out replaces the whole table; leave out the names of operations")
   if (lacking := missing()) is not None:
     sys.exit(f"error: cannot compile for a GPU: {lacking}; see the heading of kernels/compile.py")
+  if not jax.config.jax_platforms:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; JAX would look for the libraries of a GPU
   lines, spilled = [_EXPLANATION.format(jax.__version__), "", *_HEADER], 0
   for operation in flags.operation or cases.OPERATIONS:
     for case in cases.all_cases(operation):

@@ -1,8 +1,13 @@
 """Checkpoints by Orbax: written in the background, the newest few and the best kept, verified when read."""
 
 import concurrent.futures
+import contextlib
 import hashlib
+import json
+import logging
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lra_jax import errors
+from lra_jax import errors, processes
 
 
 class Restored(NamedTuple):
@@ -27,10 +32,19 @@ class Checkpoints:
   """The checkpoints of one workdir, `<workdir>/checkpoints/<step>`."""
 
   def __init__(self, workdir: pathlib.Path, keep: int = 1):
-    """Opens them; the folder is made where it is missing. `keep` newest ones stay, and the best one."""
+    """Opens them; the folder is made where it is missing. `keep` newest ones stay, and the best one.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    logging.getLogger("absl").addFilter(_not_of_orbax)
     self._workdir = pathlib.Path(workdir)
     self._folder = self._workdir.absolute() / "checkpoints"
-    self._policy = _NewestAndBest(keep)
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise errors.UserError(f"{self._folder} cannot be made ({error.strerror}); take another --workdir") from error
+    self._policy, self._saving = _NewestAndBest(keep), None
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
@@ -46,16 +60,43 @@ class Checkpoints:
       host: JSON-compatible values; its "best_step" names the checkpoint to be kept beside the newest.
 
     Returns:
-      What was wrong, with this one or in the background with the one before, in one line; None where nothing was.
+      What was wrong, with this one or in the background with the one before, in one line that names the step; None
+      where nothing was.
     """
     self._policy.best = host["best_step"]
-    host = host | {"checksum": checksum(state)}
+    before = self.wait()
+    problem = processes.on_main(self._problem)  # Orbax's threads wait for minutes for a folder that cannot be made
+    if problem:
+      return _join(before, f"no checkpoint at step {step}: {problem}")
+    if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
+      self._manager.reload()
+    self._saving = step
+    host = host | {"checksum": _seal(state, host)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
     try:
       self._manager.save(step, args=args)
     except Exception as error:  # a full disk, a folder that is gone: Orbax passes on dozens of types
-      return errors.first_line(error)
+      return _join(before, self._failed(error))
+    return before
+
+  def _problem(self) -> str | None:
+    """Why the folder cannot be written, where that is so; makes it where it is gone."""
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      probe = self._folder / ".writable"
+      probe.touch()
+      probe.unlink()
+    except OSError as error:
+      return f"{error.strerror}: {self._folder}"
     return None
+
+  def _failed(self, error: Exception) -> str:
+    """The line of a checkpoint that could not be written; what there is of it is removed, as the disk may be full."""
+    step, self._saving = self._saving, None
+    if processes.is_main():
+      for part in self._folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(part, ignore_errors=True)
+    return f"no checkpoint at step {step}: {_reason(error)}"
 
   def restore(self, step: int, like: Any | None = None) -> Restored:
     """Reads and verifies one checkpoint.
@@ -77,7 +118,7 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
     result = self._manager.restore(step, args=args)
     host = dict(result["host"])
-    if host.pop("checksum") != checksum(result["state"]):
+    if host.pop("checksum") != _seal(result["state"], host):
       raise ValueError("its checksum does not match its content")
     return Restored(step, result["state"], host)
 
@@ -104,15 +145,21 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the complete checkpoints there are, ascending."""
-    return sorted(self._manager.all_steps())
+    return sorted(step for step in self._manager.all_steps() if (self._folder / str(step)).is_dir())
 
-  def wait(self) -> None:
-    """Returns when what was saved is on disk; raises what went wrong in the background."""
-    self._manager.wait_until_finished()
+  def wait(self) -> str | None:
+    """Returns when what was saved is on disk: None, or what went wrong in the background, in one line."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      return self._failed(error)
+    return None
 
   def close(self) -> None:
     """Waits, then ends the background threads."""
-    self._manager.close()
+    self.wait()
+    with contextlib.suppress(Exception):
+      self._manager.close()
 
 
 class _NewestAndBest:
@@ -128,11 +175,31 @@ class _NewestAndBest:
     return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  """Of an error Orbax logs a traceback from every thread; `Checkpoints` says it in one line."""
+  return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _join(*lines: str | None) -> str:
+  return "; ".join(filter(None, lines))
+
+
+def _reason(error: Exception) -> str:
+  """The system's own words where TensorStore hides them at the end of a long line."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else errors.first_line(error)
+
+
 def _abstract(leaf):
   sharding = getattr(leaf, "sharding", None)
   if sharding is None:
     return np.empty(leaf.shape, leaf.dtype)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _seal(state, host):
+  """32 hexadecimal digits that depend on the state and on what the host keeps beside it."""
+  return hashlib.sha256(f"{checksum(state)} {json.dumps(host, sort_keys=True)}".encode()).hexdigest()[:32]
 
 
 def checksum(tree: Any) -> str:

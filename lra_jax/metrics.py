@@ -4,6 +4,8 @@ import json
 import math
 import os
 import pathlib
+import platform
+import struct
 import sys
 import time
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import flax.struct
 import tqdm
 from clu import metrics as clu_metrics
+
+from lra_jax import errors
 
 
 @flax.struct.dataclass
@@ -22,32 +26,81 @@ class EvalMetrics(clu_metrics.Collection):
 
 
 class Writer:
-  """`metrics.jsonl`, one line an event, and TensorBoard events of the same numbers (no TensorFlow needed)."""
+  """`metrics.jsonl`, one line an event, and TensorBoard events of the same numbers (no TensorFlow needed).
+
+  A full disk stops nothing: what cannot be written is kept and written when there is room.
+  """
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
-    """Opens both for appending; what an earlier run wrote beyond `resume_step` is taken out, as it comes again."""
-    import tensorboardX  # slow to import
+    """Opens both for appending; what an earlier run wrote beyond `resume_step` is taken out, as it comes again.
 
+    Raises:
+      UserError: they cannot be written.
+    """
+    from tensorboardX import record_writer, summary  # slow to import
+    from tensorboardX.proto import event_pb2
+
+    self._crc, self._scalar, self._event = record_writer.masked_crc32c, summary.scalar, event_pb2.Event
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text("".join(f"{line}\n" for line in kept))
-      os.replace(temporary, path)
-    self._file = path.open("a")
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=resume_step + 1 if resume_step else None)
+    # Not the time alone: a run that starts twice in a second, or after the clock went back, has two files.
+    events = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+    try:
+      if path.exists():
+        kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+      self._logs = _Log(path), _Log(path.with_name(events))
+    except OSError as error:
+      raise errors.UserError(f"{path} cannot be written ({error.strerror}); make room, then start again") from error
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    heads = [{"file_version": "brain.Event:2"}]
+    if resume_step:  # TensorBoard hides what other files have from here on
+      heads.append({"step": resume_step + 1, "session_log": start})
+    self._logs[1].append(b"".join(map(self._record, heads)))
 
   def write(self, step: int, **values: float) -> None:
     """Writes numbers of one step, named like "train/loss"."""
     values = {name: float(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    self._logs[0].append((json.dumps({"step": step, **values}) + "\n").encode())
+    events = ({"step": step, "summary": self._scalar(name, value)} for name, value in values.items())
+    self._logs[1].append(b"".join(map(self._record, events)))
+
+  def _record(self, fields: dict[str, Any]) -> bytes:
+    """An event as TFRecord has it: length, its CRC, content, its CRC."""
+    content = self._event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(content))
+    return b"".join((length, struct.pack("<I", self._crc(length)), content, struct.pack("<I", self._crc(content))))
 
   def close(self) -> None:
+    """Closes both; says what could not be written."""
+    for log in self._logs:
+      log.close()
+
+
+class _Log:
+  """A file that is appended to. What the disk does not take is kept, in order, and tried again with what comes next."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._rest, self._said = path, b"", False
+    self._file = path.open("ab", buffering=0)
+
+  def append(self, content: bytes) -> None:
+    self._rest += content
+    try:
+      while self._rest:
+        self._rest = self._rest[self._file.write(self._rest) :]  # a full disk takes a part of it first
+      self._said = False
+    except OSError as error:
+      if not self._said:
+        print(f"{self._path} cannot be written ({error.strerror}); training goes on, it is tried again", flush=True)
+      self._said = True
+
+  def close(self) -> None:
+    self.append(b"")
+    if self._rest:
+      print(f"{self._path}: the last {len(self._rest):,} bytes could not be written", flush=True)
     self._file.close()
-    self._events.close()
 
 
 class Silent:
@@ -69,7 +122,7 @@ class Silent:
 def _step_of(line: str) -> float:
   try:
     return json.loads(line)["step"]
-  except (ValueError, KeyError):  # a line that a killed run wrote half
+  except (ValueError, KeyError, TypeError):  # a line that a killed run wrote half
     return math.inf
 
 

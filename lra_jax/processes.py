@@ -144,6 +144,9 @@ def serve() -> None:
   except Exception as error:  # the port is taken: process 0 says that nobody was met
     print(f"error: port {port} cannot be listened at ({errors.first_line(error)})", file=sys.stderr, flush=True)
     os._exit(1)
+  nothing = os.open(os.devnull, os.O_WRONLY)
+  for stream in (1, 2):  # else who reads what process 0 prints would wait for its end until this process ends as well
+    os.dup2(nothing, stream)
   while os.getppid() == int(parent):
     time.sleep(1)
   time.sleep(60)  # the others still read from it who is lost

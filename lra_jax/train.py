@@ -167,7 +167,7 @@ def _train_and_test(config, workdir, stop, started):
     host["seconds"] = seconds_before + time.perf_counter() - loop_start
     problem = checkpoints.save(step, state, host)
     if problem:
-      progress.say(f"no checkpoint at step {step}, training goes on: {problem}")
+      progress.say(f"{problem}; training goes on")
 
   def read_metrics(step, values):
     """Fetches the metrics of the call that ended at `step`; waits for it."""
@@ -252,22 +252,27 @@ def _train_and_test(config, workdir, stop, started):
         read_metrics(*pending)
       if step not in checkpoints.steps():
         save(step)
-      checkpoints.wait()
+      problem = checkpoints.wait()
+      if problem:
+        progress.say(problem)
       if step not in checkpoints.steps():
         raise errors.UserError(
           f"stopped at step {step}, which could not be saved; the same command goes back to the newest checkpoint"
         )
-      progress.say(f"stopped by {stop.name} at step {step} of {plan.steps}; saved. The same command resumes.")
+      by = stop.name or "a signal to another process"
+      progress.say(f"stopped by {by} at step {step} of {plan.steps}; saved. The same command resumes.")
       return {}
 
     # The test split is looked at once, with the parameters that validation chose.
     watchdog.stop()
-    checkpoints.wait()
+    problem = checkpoints.wait()
+    if problem:
+      progress.say(problem)
     try:
       best = checkpoints.restore(host["best_step"], state)
     except Exception as error:
       raise errors.UserError(
-        f"the best checkpoint, {workdir}/checkpoints/{host['best_step']}, is damaged ({errors.first_line(error)}); "
+        f"the best checkpoint, {workdir}/checkpoints/{host['best_step']}, cannot be read ({errors.first_line(error)}); "
         "`python -m lra_jax.evaluate` can use another"
       ) from error
     test, predictions, confidences = step_lib.evaluate(eval_call, weights_of(best.state), held_out["test"], *evaluation)

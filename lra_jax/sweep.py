@@ -10,6 +10,7 @@ resumes: finished runs are read, others go on where they were. OUT/table.md and 
 
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def runs_of(files: list[str], task: str | None, seeds: list[str]) -> list[tuple[
     argument = argument if colon else task or ""
     config.load(config.find(path), argument)
     for seed in seeds:
-      name = "-".join(filter(None, (pathlib.Path(path).stem, argument.replace(",", "-").replace("=", "_"))))
+      told = re.sub(r"^folder:(?:[^,]*/)?([^/,]+)/*", r"folder_\1", argument)  # of a path its last part
+      name = "-".join(filter(None, (pathlib.Path(path).stem, told.replace(",", "-").replace("=", "_"))))
       result.append((f"{name}-{seed}", f"{path}:{argument}" if argument else path, seed))
   return result
 

@@ -16,6 +16,8 @@ def test_runs_are_named_by_config_task_options_and_seed():
     ("lru-digits-7", "configs/lru.py:digits", "7"),
   ]
   assert len(sweep.runs_of([], "digits", ["0"])) == 15
+  ((name, _, _),) = sweep.runs_of(["configs/vit.py"], "folder:/data/birds/,recipe=patches", ["0"])
+  assert name == "vit-folder_birds-recipe_patches-0"
 
 
 def test_table_has_mean_and_deviation_over_seeds():

@@ -16,7 +16,7 @@ from flax import nnx
 
 from configs import common
 from lra_jax import config as config_lib
-from lra_jax import errors, models, optim, runs
+from lra_jax import errors, models, optim, runs, sweep
 from lra_jax.data import tasks
 
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.stem not in ("common", "__init__"))
@@ -124,6 +124,17 @@ def test_three_ways_with_patches_are_of_one_size(task):
   convmixer = config_lib.load(str(ROOT / "configs/convmixer.py"), f"{task},recipe=patches").model
   assert (vit.depth, vit.heads) == (6, 8)
   assert (convmixer.width, convmixer.depth, convmixer.kernel_size, convmixer.patch_size) == (256, 12, 7, 7)
+
+
+def test_the_three_ways_are_one_sweep(tmp_path):
+  files = ["configs/convmixer.py", "configs/vit.py", "configs/resnet.py"]
+  for task in ("imagenette,recipe=patches", f"folder:{tmp_path},recipe=patches"):
+    found = sweep.runs_of(files, task, ["0"])
+    assert [argument for _, argument, _ in found] == [f"{file}:{task}" for file in files]
+    for _, argument, _ in found:
+      config = config_lib.load(str(ROOT / argument.partition(":")[0]), argument.partition(":")[2])
+      assert config.task.name == task.partition(",")[0] and config.optim.schedule.name == "one_cycle"
+      assert config.task.image_size == (160 if task.startswith("folder") else 0)
 
 
 def test_recipes_are_for_pictures():

@@ -216,6 +216,21 @@ def test_fixed_positions():
 # S5 and LRU
 
 
+@pytest.mark.parametrize(
+  "c_init,power",
+  [("lecun_normal", 2 / (64 * 64)), ("trunc_standard_normal", 2 / 64), ("complex_normal", 1.0)],
+)
+def test_s5_draws_c_and_steps_as_its_configuration_says(c_init, power):
+  """Mean |C|² of D = P' = 64: both parts have variance 1 / (D P') or 1 / P' before the unitary V, or 1/2 without it."""
+  cell = create("s5_digits", (64, 3), c_init=c_init, step_min=0.09, depth=1).blocks[0].cell
+  found = np.mean(np.asarray(cell.w_c_re[...]) ** 2 + np.asarray(cell.w_c_im[...]) ** 2)
+  assert found == pytest.approx(power, rel=0.1)
+  steps = np.exp(np.asarray(cell.log_step[...]))
+  assert steps.min() >= 0.09 and steps.max() <= 0.1
+  with pytest.raises(errors.UserError, match="c_init: 'lecun' does not exist; did you mean 'lecun_normal'"):
+    create("s5_digits", (64, 3), c_init="lecun")
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", ["s5_digits", "lru_digits"])
 def test_sequential_and_parallel_scan_agree(name, reverse):

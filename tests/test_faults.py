@@ -18,7 +18,17 @@ from data.machine import file_limit
 
 from lra_jax import checkpoint, errors, metrics
 
+# Of what fails, Orbax and TensorStore leave coroutines and futures behind that nobody asks for their errors.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 HOST = {"best_step": 1, "best_accuracy": 0.25, "seconds": 1.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swept():
+  """Such leftovers are found here, not in tests of another file."""
+  yield
+  gc.collect()
 
 
 def state_of(step):
@@ -78,7 +88,6 @@ def test_checkpoint_folder_replaced_by_a_file(checkpoints, tmp_path, capfd):
   assert checkpoints.steps() == [3] and capfd.readouterr().err == ""
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves behind
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damage_of_the_newest_checkpoint_is_noticed_or_harmless(checkpoints, tmp_path, damage):
   """At 20 random places each, of all files by size: the newest state is whole, or it is that of the one before."""
@@ -111,7 +120,6 @@ def test_damage_of_the_newest_checkpoint_is_noticed_or_harmless(checkpoints, tmp
     opened.close()
     shutil.rmtree(workdir)
   assert fell_back >= 10
-  gc.collect()  # now, not in a test that takes the warnings of this one for errors
 
 
 def test_what_the_host_keeps_is_sealed_as_well(checkpoints, tmp_path):

@@ -98,8 +98,7 @@ def lra_epochs(task: str, batch_size: int, steps: int) -> float:
 
 
 def lra_budget(c: ConfigDict, task: str, **changes: int) -> None:
-  """Steps, batch size and how often is evaluated, as the Long Range Arena has them; and its last checkpoint's rule:
-  the one that is best on validation.
+  """Steps, batch size and how often is evaluated, as the Long Range Arena has them.
 
   Args:
     c: changed in place.

@@ -14,7 +14,8 @@ warm-up on texts (Retrieval ends within it), cosine on pixels. Texts have 4,096 
 the published config 1,000: `--config.task.length=1000`. Black pixels are masked in the published runs, not here
 (`--config.task.quirks="('mask_zeros',)"`); decay spares embeddings, biases and norms here, there it does not.
 
-Attention of all 16,384 pixels of Path-X to all needs memory: a batch is worked off in 32 parts.
+Attention of all 16,384 pixels of Path-X to all needs memory: a batch of 64 is worked off in 32 parts
+(`--config.train.accumulate`; on several devices in fewer).
 """
 
 from configs import common

@@ -9,8 +9,8 @@
 
 big_vision trains B/16 on ImageNet for 300 epochs at batch 4096 (Adam 1e-3, decay 1e-4, clipping at 1, 10,000 steps
 warm-up, linear decay, MixUp 0.5, stochastic depth 0.1). Here all pictures get `configs.common.image_recipe`, and the
-Long Range Arena `configs.common.lra_recipe` with sizes of ours (docs/lra.md). The Keras example drops out after both
-MLPs and before the head, here their hidden units are dropped; it normalises without an LayerNorm before the mean.
+Long Range Arena `configs.common.lra_recipe` with sizes of ours (docs/lra.md). The Keras example has its dropout after
+both MLPs and before the head, here it is of their hidden units; and it has no LayerNorm before the mean.
 """
 
 from configs import common

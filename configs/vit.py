@@ -10,8 +10,8 @@
 The ImageNet recipe of big_vision's plain ViT-S/16 (Adam 1e-3 at batch 1024, decay 1e-4, 10,000 steps warm-up, clipping
 at 1, mean pooling and fixed positions) does not fit data as small as CIFAR-10; all pictures get
 `configs.common.image_recipe`. The Long Range Arena has `configs.common.lra_recipe` with sizes of ours (docs/lra.md);
-attention of all 16,384 pixels of Path-X to all needs memory: every block is computed twice, and a batch worked off one
-by one.
+attention of all 16,384 pixels of Path-X to all needs memory: every block is computed twice (`--config.model.remat`),
+and a batch of 64 worked off one by one (`--config.train.accumulate`; on several devices in fewer parts).
 """
 
 from configs import common

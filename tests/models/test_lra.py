@@ -130,7 +130,7 @@ TINY = {  # one block of a few channels
   "pit": dict(width=8, depth=1, heads=2),
   "mlp_mixer": dict(width=8, depth=1, token_hidden=8, channel_hidden=8),
   "gmlp": dict(width=8, depth=1),
-  "trellisnet": dict(hidden=8, outputs=8, dilations=(1, 1, 2, 4, 8)),
+  "trellisnet": dict(hidden=8, outputs=8, dilations=(1, 2)),
   "lipschitz_rnn": dict(width=8),
 }
 SHAPES = {"listops": (16,), "pathfinder": (4, 4, 1), "text": (16,), "retrieval": (2, 16)}

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Checkpoints:
       UserError: the folder cannot be made.
     """
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    if sys.unraisablehook is sys.__unraisablehook__:
+      sys.unraisablehook = _raise_in_vain
     self._workdir = pathlib.Path(workdir)
     self._folder = self._workdir.absolute() / "checkpoints"
     try:
@@ -178,6 +181,12 @@ class _NewestAndBest:
 def _not_of_orbax(record: logging.LogRecord) -> bool:
   """Of an error Orbax logs a traceback from every thread; `Checkpoints` says it in one line."""
   return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _raise_in_vain(unraisable) -> None:
+  """Writes that TensorStore goes on with when Orbax has given a checkpoint up end without a word."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _join(*lines: str | None) -> str:

@@ -1,0 +1,170 @@
+"""A long training under kill -9: `python tests/soak.py --minutes 120 --kills 20 [--processes 2] [--seed 0]`.
+
+A run is killed at random moments (one of its processes, drawn as well; the others must end by themselves) and started
+again by the same command, until it has ended. Then the same run again, killed by nobody. At the end no step may be
+missing or there twice, both runs must have the same parameters and metrics, and in the second neither memory nor open
+files may have grown. Prints a table; exit code 1 where something is wrong.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from commands import options
+from test_scaling import RUN
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+# Of the samples of a process the first part does not count: caches fill, the heap finds its size.
+WARM_UP = 0.3
+MEMORY_GROWTH, FILES_GROWTH = 0.03, 1.0  # share of its size, and number, over all that counts
+END_SECONDS = 30  # in which the others end when one is killed
+TRIAL_STEPS = 200
+
+
+def start(workdir: pathlib.Path, processes: int, steps: int, every: float) -> list[subprocess.Popen]:
+  """Starts the processes of a run; what they print is appended to <workdir>.<process>.log."""
+  with socket.socket() as free:
+    free.bind(("", 0))
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  settings = {"train.steps": steps, "checkpoint.every_seconds": every, "eval.every_epochs": 2.0}
+  command = [sys.executable, "-m", "lra_jax.main", *RUN, "--workdir", str(workdir)]
+  command += [f"--config.{name}={value}" for name, value in settings.items()]
+  running = []
+  for i in range(processes):
+    place = {"LRA_JAX_PROCESSES": str(processes), "LRA_JAX_PROCESS": str(i), "LRA_JAX_COORDINATOR": coordinator}
+    with open(f"{workdir}.{i}.log", "a") as log:
+      keywords = options(env={"JAX_PLATFORMS": "cpu"} | (place if processes > 1 else {}))
+      running.append(subprocess.Popen(command, **keywords | {"stdout": log, "stderr": subprocess.STDOUT}))
+  return running
+
+
+def sample(process: subprocess.Popen) -> tuple[float, int] | None:
+  """Resident memory in MiB and number of open files of a process; None where it has ended."""
+  try:
+    pages = int(pathlib.Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * PAGE / 2**20, len(os.listdir(f"/proc/{process.pid}/fd"))
+  except (OSError, IndexError):
+    return None
+
+
+def wait(running: list[subprocess.Popen], seconds: float, workdir: pathlib.Path, samples: list | None = None) -> bool:
+  """Whether all ended within the seconds; samples every process once a second, from the first step on."""
+  deadline = time.monotonic() + seconds
+  while any(process.poll() is None for process in running):
+    if time.monotonic() > deadline:
+      return False
+    training = samples is not None and (workdir / "metrics.jsonl").exists()
+    if training and all(found := [sample(process) for process in running]):
+      samples.append((time.monotonic(), found))
+    time.sleep(min(1, max(deadline - time.monotonic(), 0.01)))
+  return True
+
+
+def growth(samples: list, process: int, what: int) -> tuple[float, float]:
+  """Mean of a number of a process, and by how much it grew, of a straight line through what counts."""
+  counted = samples[int(len(samples) * WARM_UP) :]
+  times = np.array([moment for moment, _ in counted])
+  values = np.array([found[process][what] for _, found in counted])
+  return float(values.mean()), float(np.polyfit(times - times[0], values, 1)[0] * (times[-1] - times[0]))
+
+
+def events_of(workdir: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def result_of(workdir: pathlib.Path) -> dict:
+  return json.loads((workdir / "result.json").read_text())
+
+
+def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed: int) -> list[str]:
+  """Runs all of it in a folder, prints the table; what is wrong."""
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  draw, wrong, half = random.Random(seed), [], minutes * 30
+  every = min(60.0, half / max(kills, 1) / 4)
+
+  for name in ("first", "second"):  # which shows what a start takes once all is compiled
+    began = time.monotonic()
+    trial = folder / name
+    if not wait(start(trial, processes, TRIAL_STEPS, every), 1800, trial):
+      return ["the trial did not end"]
+  trained = result_of(trial)["seconds"]
+  starting = max(time.monotonic() - began - trained, 0.0)
+  steps = max(int(TRIAL_STEPS / trained * (half - starting * (kills + 1) / 2) / 1.5), TRIAL_STEPS)
+  print(f"{steps} steps, {TRIAL_STEPS / trained:.1f} a second; a start takes {starting:.0f} s", flush=True)
+
+  began, killed, workdir = time.monotonic(), 0, folder / "killed"
+  while True:
+    running = start(workdir, processes, steps, every)
+    moment = draw.uniform(0, 2 * half / max(kills, 1)) if killed < kills else 1e6
+    if wait(running, moment, workdir):
+      if any(process.returncode for process in running):
+        wrong.append(f"exit codes {[process.returncode for process in running]} of a start that nobody killed")
+      break
+    victim = draw.randrange(processes)
+    running[victim].kill()
+    killed += 1
+    if not wait(running, END_SECONDS, workdir):
+      wrong.append(f"kill {killed}: the others did not end within {END_SECONDS} s")
+      for process in running:
+        process.kill()
+    for i, process in enumerate(running):
+      if i != victim and process.returncode != 1:
+        wrong.append(f"kill {killed} of process {victim}: process {i} ended with {process.returncode}")
+  seconds_killed = time.monotonic() - began
+
+  began, samples, whole = time.monotonic(), [], folder / "whole"
+  wait(start(whole, processes, steps, every), 1e6, whole, samples)
+  seconds_whole = time.monotonic() - began
+
+  found = [event["step"] for event in events_of(workdir) if "train/loss" in event]
+  if found != list(range(1, steps + 1)):
+    wrong.append(f"{steps} steps, {len(found)} in metrics.jsonl, {len(set(found))} of them different")
+  if events_of(workdir) != events_of(whole):
+    wrong.append("the metrics of the two runs differ")
+  digests = [result_of(path)["params_sha256"] for path in (workdir, whole)]
+  if digests[0] != digests[1]:
+    wrong.append(f"the parameters of the two runs differ: {digests}")
+  rows = [
+    ("processes", processes),
+    ("steps", steps),
+    ("kill -9", killed),
+    ("minutes of the killed run", f"{seconds_killed / 60:.1f}"),
+    ("minutes of the other", f"{seconds_whole / 60:.1f}"),
+    ("steps missing or twice", abs(steps - len(found)) + len(found) - len(set(found))),
+    ("parameters equal", digests[0] == digests[1]),
+  ]
+  for i in range(processes):
+    memory, more = growth(samples, i, 0)
+    files, more_files = growth(samples, i, 1)
+    rows.append((f"memory of process {i}", f"{memory:.0f} MiB, {more:+.1f} over {seconds_whole / 60:.0f} min"))
+    rows.append((f"open files of process {i}", f"{files:.1f}, {more_files:+.2f}"))
+    if more > MEMORY_GROWTH * memory or more_files > FILES_GROWTH:
+      wrong.append(f"process {i} grows: {more:+.1f} MiB, {more_files:+.2f} files")
+  print("\n".join(f"| {name} | {value} |" for name, value in rows))
+  return wrong
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--minutes", type=float, default=120, help="of both runs together, about")
+  parser.add_argument("--kills", type=int, default=20)
+  parser.add_argument("--processes", type=int, default=1)
+  parser.add_argument("--seed", type=int, default=0)
+  arguments = parser.parse_args()
+  with tempfile.TemporaryDirectory(prefix="soak_") as folder:
+    wrong = soak(pathlib.Path(folder), **vars(arguments))
+  print("\n".join(f"wrong: {line}" for line in wrong) or "good")
+  sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+  main()

@@ -188,7 +188,8 @@ def test_own_pictures_from_a_folder_to_predictions(python, tmp_path):
         Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
   workdir = tmp_path / "run"
   arguments = ("--workdir", workdir, *SMALL, "--config.task.image_size=8", "--config.model.patch_size=2")
-  small = ("--config.model.width=8", "--config.model.depth=1", "--config.model.kernel_size=3")
+  small = ("--config.model.width=8", "--config.model.depth=1", "--config.model.kernel_size=3",
+           "--config.model.dtype=float32", "--config.augment.policy=")  # fmt: skip
   config = f"--config=configs/convmixer.py:folder:{tmp_path / 'data'}"
   process = python("lra_jax.main", config, *arguments, *small)
   assert process.returncode == 0, process.stderr

@@ -3,20 +3,32 @@
 docs/reliability.md has the list.
 """
 
+import ast
 import gc
 import os
 import random
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_train
+from commands import ROOT, options
 from data.machine import file_limit
+from flax import nnx
+from test_scaling import finish, result_of, start
 
-from lra_jax import checkpoint, errors, metrics
+from lra_jax import checkpoint, errors, metrics, runs, train
+from lra_jax import step as step_lib
+from lra_jax.data import resident, tasks
 
 # Of what fails, Orbax and TensorStore leave coroutines and futures behind that nobody asks for their errors.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -38,6 +50,18 @@ def state_of(step):
 
 def same(a, b):
   return checkpoint.sha256(a) == checkpoint.sha256(b)
+
+
+def wait_for(condition, running, seconds=300):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+    time.sleep(0.01)
+
+
+def steps_written(workdir):
+  path = workdir / "metrics.jsonl"
+  return path.read_text().count("train/loss") if path.exists() else 0
 
 
 @pytest.fixture
@@ -63,9 +87,9 @@ def test_disk_full_during_a_checkpoint(checkpoints, tmp_path, capfd):
 def test_disk_full_is_said_by_the_next_save(checkpoints):
   with file_limit(5000):
     assert checkpoints.save(2, state_of(2), HOST) is None  # goes on in the background
-    time.sleep(0.5)
-  assert checkpoints.save(3, state_of(3), HOST) == "no checkpoint at step 2: File too large"
-  assert checkpoints.wait() is None and checkpoints.steps() == [1, 3]
+    assert checkpoints.save(3, state_of(3), HOST) == "no checkpoint at step 2: File too large"
+    assert checkpoints.wait() == "no checkpoint at step 3: File too large"
+  assert checkpoints.wait() is None and checkpoints.steps() == [1]
 
 
 def test_checkpoint_folder_removed(checkpoints, tmp_path):
@@ -86,6 +110,23 @@ def test_checkpoint_folder_replaced_by_a_file(checkpoints, tmp_path, capfd):
   folder.unlink()
   assert checkpoints.save(3, state_of(3), HOST) is None and checkpoints.wait() is None
   assert checkpoints.steps() == [3] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_whose_checkpoints_vanish_ends_well_or_with_one_line(tmp_path, replaced):
+  workdir = tmp_path / "run"
+  process = test_train.start(workdir)
+  wait_for(lambda: steps_written(workdir) >= 4, [process])
+  (workdir / "checkpoints").rename(tmp_path / "elsewhere")
+  if replaced:
+    (workdir / "checkpoints").write_text("in the way")
+  printed, error = process.communicate(timeout=240)
+  if not replaced and process.returncode == 0:  # the best checkpoint came later
+    assert result_of(workdir)["steps"] == 24 and "Traceback" not in error
+    return
+  assert process.returncode == 2 and "Traceback" not in error
+  assert error.splitlines()[-1].startswith("error: the best checkpoint, ")
+  assert printed.count(f"File exists: {workdir}/checkpoints; training goes on") >= 15 * replaced
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -194,3 +235,197 @@ def test_nothing_stays_open(tmp_path):
     (tmp_path / name).mkdir()
   once("a")
   assert once("b") == once("c") == once("d")
+
+
+@pytest.mark.timeout(1200)
+def test_two_processes_lose_nothing(tmp_path, monkeypatch):
+  """SIGTERM to one, one that stops answering, kill -9 of each: then all is as if nothing had been.
+
+  Each time the same command goes on. The seed says at which step and how long after it.
+  """
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # 12 starts: small programs count
+  short = "--config.train.steps=30"
+  finish(start(tmp_path / "whole", 2, 1, short))
+  workdir, draw = tmp_path / "run", random.Random(6)
+  for round_, (number, victim) in enumerate(
+    [(signal.SIGTERM, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 0)]
+  ):
+    running = start(workdir, 2, 1, short)
+    goal = 6 * round_ + draw.randrange(2, 6)
+    wait_for(lambda goal=goal: steps_written(workdir) >= goal, running)
+    time.sleep(draw.random() / 10)
+    running[victim].send_signal(number)
+    sent = time.monotonic()
+    if number == signal.SIGTERM:
+      (printed, _), (others, _) = finish(running, timeout=120)
+      (step,) = re.findall(r"stopped by a signal to another process at step (\d+) of 30; saved", printed)
+      assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == int(step)
+      assert "stopped" not in others
+      continue
+    _, error = running[1 - victim].communicate(timeout=60)
+    seconds = time.monotonic() - sent
+    running[victim].kill()
+    running[victim].communicate(timeout=60)  # nothing that outlives it holds its streams
+    assert seconds < 30 and running[1 - victim].returncode == 1
+    (line,) = error.splitlines()
+    assert line == (
+      f"error: process {victim} of 2 is lost (silent for 20 s); process {1 - victim} ends too. The same command "
+      "resumes from the newest checkpoint"
+    )
+  finish(start(workdir, 2, 1, short))
+  assert result_of(workdir)["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
+  assert metrics.read(workdir) == metrics.read(tmp_path / "whole")  # no step twice, none missing
+
+
+OWNER = """
+import pathlib, sys, time
+from lra_jax import runs
+lock = runs.Lock(pathlib.Path(sys.argv[1]))
+lock.acquire()
+print("taken", flush=True)
+time.sleep(300)
+"""
+
+
+def test_one_run_in_a_workdir(tmp_path, refused):
+  owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], **options())
+  assert owner.stdout.readline() == "taken\n"
+  before = (tmp_path / "lock").read_text()
+  line = refused("lra_jax.main", "--workdir", tmp_path)
+  assert f"--workdir {tmp_path} is in use by process {owner.pid} on " in line
+  assert [path.name for path in tmp_path.iterdir()] == ["lock"] and (tmp_path / "lock").read_text() == before
+  owner.kill()
+  owner.communicate()
+  with runs.Lock(tmp_path) as lock:
+    lock.acquire()  # its file is still there, and means nothing
+    assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+OTHER_DATA = """
+import time
+import jax, numpy as np
+from lra_jax import errors, processes
+def main():
+  with processes.started():
+    data = np.arange(100, dtype=np.uint8)
+    data[42] += jax.process_index()
+    processes.check_same("data", processes.digest_of([data, None]))
+    time.sleep(300)
+errors.exit_on_user_error(main)
+"""
+
+
+def test_a_host_whose_data_differ():
+  with socket.socket() as free:
+    free.bind(("", 0))
+    place = {"LRA_JAX_PROCESSES": "2", "LRA_JAX_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}"}
+  running = [
+    subprocess.Popen([sys.executable, "-c", OTHER_DATA], **options(env=place | {"LRA_JAX_PROCESS": str(i)}))
+    for i in range(2)
+  ]
+  (_, first), (_, other) = [process.communicate(timeout=120) for process in running]
+  assert [process.returncode for process in running] == [1, 2]
+  assert re.fullmatch(
+    r"error: data of process 1 on \S+ differ from those of process 0 \(\w{12} and \w{12}\); give both the same files\n",
+    other,
+  )
+  assert first.startswith("error: process 1 of 2 ended with an error; process 0 ends too.")
+  assert first.count("\n") == 1
+
+
+def test_a_process_that_hangs_shows_its_stacks_and_ends():
+  code = "import time; from lra_jax import processes; processes.Watchdog(1.0).alive(); time.sleep(300)"
+  process = subprocess.run([sys.executable, "-c", code], **options(), timeout=60)
+  assert process.returncode == 1
+  assert process.stderr.startswith("Timeout (0:00:01)!") and "most recent call first" in process.stderr
+
+
+def test_a_skipped_step_changes_nothing_but_its_number():
+  task, found = tasks.get("digits"), []
+  for above in (1e-9, 1e9):
+    config = test_train.small_config(optim__skip_limit=3, optim__skip_above=above, optim__ema_decay=0.9)
+    mesh = step_lib.parallel.make_mesh()
+    graphdef, state, optimizer = step_lib.init_state(config, task, lambda step: 1e-2, mesh)
+    before = jax.device_get(state)
+    split = tasks.load(task, **runs.data_settings(config))["train"]
+    call = step_lib.make_train_call(config, task, graphdef, optimizer, lambda step: 1e-2, 1, mesh)
+    state, values = call(state, resident.put(split, mesh), np.arange(32, dtype=np.int32)[None])
+    after = jax.device_get(state)
+    assert int(after.pop("step")) == int(before.pop("step")) + 1
+    found.append((bool(values["skipped"][0]), same(before, after)))
+  assert found == [(True, True), (False, False)]
+
+
+def test_the_count_of_skipped_steps_outlives_a_start(tmp_path):
+  config = test_train.small_config(optim__skip_limit=5, optim__skip_above=1e-9, checkpoint__every_seconds=0.0)
+  for start_ in range(2):
+    with pytest.raises(
+      errors.UserError, match=r"6 steps in a row were skipped, to step 6, more than config\.optim\.skip_"
+    ):
+      train.train_and_evaluate(config, tmp_path / "run")
+    newest = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert newest == 5, start_
+
+
+def modules():
+  for folder in ("lra_jax", "kernels", "configs"):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+      yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def test_nothing_that_is_read_can_execute():
+  """No unpickling in the package, and a single place that runs a file: the config, which is Python."""
+  runs_files = []
+  for path, tree in modules():
+    for node in ast.walk(tree):
+      names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+      assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"} & set(names), path
+      if not isinstance(node, ast.Call):
+        continue
+      called = ast.unparse(node.func)
+      assert called not in ("eval", "exec", "yaml.load", "torch.load", "np.fromfile", "os.system"), (path, called)
+      if called == "np.load":
+        assert any(k.arg == "allow_pickle" and k.value.value is False for k in node.keywords), path
+      if called.endswith("exec_module"):
+        runs_files.append(str(path))
+      assert not any(k.arg == "shell" for k in node.keywords), path
+  assert runs_files == ["lra_jax/config.py"]
+
+
+def test_no_decision_depends_on_the_clock_of_the_wall():
+  """It may jump. Durations are of the monotonic clocks; time.time is for what people read, and for old downloads."""
+  found = {
+    str(path) for path, tree in modules() for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "datetime.datetime.now")
+  }  # fmt: skip
+  assert found <= {"lra_jax/metrics.py", "lra_jax/data/cache.py"}
+
+
+class Bomb:
+  def __reduce__(self):
+    return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_in_the_place_of_a_file_is_refused(tmp_path, monkeypatch, checkpoints):
+  import pickle
+
+  from lra_jax import interop, models
+
+  monkeypatch.chdir(tmp_path)
+  bomb = pickle.dumps(Bomb())
+  weights, config = tmp_path / "weights.safetensors", tmp_path / "evil"
+  weights.write_bytes(bomb)
+  model = nnx.eval_shape(lambda: models.create("vit_digits", input_shape=(8, 8, 1), num_classes=10, rngs=nnx.Rngs(0)))
+  with pytest.raises(errors.UserError, match="cannot be read as safetensors"):
+    interop.load_torch(model, weights)
+  config.mkdir()
+  (config / "config.json").write_bytes(bomb)
+  with pytest.raises((errors.UserError, ValueError)):
+    runs.load(config)
+  for path in (tmp_path / "run/checkpoints/1").rglob("*"):
+    if path.is_file():
+      path.write_bytes(bomb)
+  with pytest.raises(errors.UserError, match="all checkpoints"):
+    checkpoints.restore_newest(state_of(0), print)
+  assert not (tmp_path / "exploded").exists()

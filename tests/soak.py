@@ -22,8 +22,9 @@ from commands import options
 from test_scaling import RUN
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-# Of the samples of a process the first part does not count: caches fill, the heap finds its size.
-WARM_UP = 0.3
+# Of a process the first seconds of training do not count: compiling's memory goes, the heap finds its size.
+WARM_UP_SECONDS = 100
+FEWEST_SAMPLES = 60  # else growth is not judged
 MEMORY_GROWTH, FILES_GROWTH = 0.03, 1.0  # share of its size, and number, over all that counts
 END_SECONDS = 30  # in which the others end when one is killed
 TRIAL_STEPS = 200
@@ -68,9 +69,8 @@ def wait(running: list[subprocess.Popen], seconds: float, workdir: pathlib.Path,
   return True
 
 
-def growth(samples: list, process: int, what: int) -> tuple[float, float]:
-  """Mean of a number of a process, and by how much it grew, of a straight line through what counts."""
-  counted = samples[int(len(samples) * WARM_UP) :]
+def growth(counted: list, process: int, what: int) -> tuple[float, float]:
+  """Mean of a number of a process, and by how much it grew, of a straight line through the samples."""
   times = np.array([moment for moment, _ in counted])
   values = np.array([found[process][what] for _, found in counted])
   return float(values.mean()), float(np.polyfit(times - times[0], values, 1)[0] * (times[-1] - times[0]))
@@ -142,10 +142,16 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
     ("steps missing or twice", abs(steps - len(found)) + len(found) - len(set(found))),
     ("parameters equal", digests[0] == digests[1]),
   ]
+  counted = [(moment, found) for moment, found in samples if moment > samples[0][0] + WARM_UP_SECONDS]
+  if len(counted) < FEWEST_SAMPLES:
+    rows.append(("growth", "not judged: too short"))
+    processes = 0
   for i in range(processes):
-    memory, more = growth(samples, i, 0)
-    files, more_files = growth(samples, i, 1)
-    rows.append((f"memory of process {i}", f"{memory:.0f} MiB, {more:+.1f} over {seconds_whole / 60:.0f} min"))
+    memory, more = growth(counted, i, 0)
+    files, more_files = growth(counted, i, 1)
+    rows.append(
+      (f"memory of process {i}", f"{memory:.0f} MiB, {more:+.1f} over {(counted[-1][0] - counted[0][0]) / 60:.0f} min")
+    )
     rows.append((f"open files of process {i}", f"{files:.1f}, {more_files:+.2f}"))
     if more > MEMORY_GROWTH * memory or more_files > FILES_GROWTH:
       wrong.append(f"process {i} grows: {more:+.1f} MiB, {more_files:+.2f} files")

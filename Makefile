@@ -4,6 +4,7 @@
 # make parity  the tests against public PyTorch implementations, in an environment of their own (several GB)
 # make kernels the GPU kernels compiled for an H200 without one, in an environment of its own, each where it is tightest;
 #              SHAPES=all: at every shape; JAX=0.11.2: gradients in bfloat16, with that JAX
+# make soak    three minutes of training under kill -9, beside a run that nobody kills
 # make lint    ruff, as CI runs it
 
 # Any of these that is 3.12 or newer; PYTHON=... overrides.
@@ -14,7 +15,7 @@ KERNELS := .venv-kernels$(addprefix -,$(JAX))
 # The other tests of these files need no GPU's compiler, and make test has them.
 SELECTED = $(if $(SHAPES),-m '') -k '$(if $(JAX),bfloat16 and grad,forward or grad) or training_step'
 
-.PHONY: setup train test parity kernels lint clean
+.PHONY: setup train test parity kernels soak lint clean
 
 train: setup
 	$(RUN) -m lra_jax.main --config configs/sequencer2d.py:digits --workdir runs/digits
@@ -29,6 +30,9 @@ parity: .venv-parity/ready
 
 kernels: $(KERNELS)/ready
 	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py $(SELECTED)
+
+soak: setup
+	$(RUN) tests/soak.py --minutes 3 --kills 3
 
 lint: setup
 	$(RUN) -m ruff check .

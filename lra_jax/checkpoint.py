@@ -39,6 +39,7 @@ class Checkpoints:
       UserError: the folder cannot be made.
     """
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
     if sys.unraisablehook is sys.__unraisablehook__:
       sys.unraisablehook = _raise_in_vain
     self._workdir = pathlib.Path(workdir)
@@ -179,8 +180,9 @@ class _NewestAndBest:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-  """Of an error Orbax logs a traceback from every thread; `Checkpoints` says it in one line."""
-  return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+  """Of an error Orbax logs a traceback from every thread and asyncio one of every write; `Checkpoints` says it once."""
+  given_up = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
+  return record.levelno < logging.ERROR or not (given_up or f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _raise_in_vain(unraisable) -> None:
@@ -217,8 +219,7 @@ def checksum(tree: Any) -> str:
   On the devices every element is mixed with its position, by the finaliser of MurmurHash3 (Appleby 2011), and all are
   added up in integers, so that parts can be added in any order.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  named = sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
+  named = _named(tree)
   sums = jax.device_get(_sums([leaf for _, leaf in named]))
   digest = hashlib.sha256()
   for (name, leaf), pair in zip(named, sums, strict=True):
@@ -251,12 +252,16 @@ def sha256(tree: Any) -> str:
   """SHA-256 over names, dtypes, shapes and bytes of all arrays of a tree: equal for equal trees, bit for bit."""
 
   def one(item):
-    name, leaf = item
+    name, leaf = item[0], np.asarray(item[1])
     head = f"{name} {leaf.dtype} {leaf.shape}\n".encode()
     return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).digest()
 
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  named = [(jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)) for path, leaf in leaves]
-  named.sort(key=lambda item: item[0])  # a checkpoint read without its structure has dicts for named tuples
   with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib releases the interpreter's lock
-    return hashlib.sha256(b"".join(pool.map(one, named))).hexdigest()
+    return hashlib.sha256(b"".join(pool.map(one, _named(tree)))).hexdigest()
+
+
+def _named(tree):
+  """(name, leaf) by name: a checkpoint read without its structure has dicts for named tuples, in another order."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+  return sorted(named, key=lambda item: item[0])

@@ -216,7 +216,7 @@ def compile_calls(make_call, state, feed) -> tuple[dict[int | None, Any], Cost]:
 def evaluate(
   call,
   weights,
-  data: resident.Resident | resident.Parts | Streamed,
+  data: resident.Resident | Streamed,
   batch_size: int,
   mesh: jax.sharding.Mesh,
   drop_remainder: bool = False,

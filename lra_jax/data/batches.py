@@ -19,7 +19,7 @@ AUGMENTATION = ("crop_pad", "crop_scale", "rotate", "translate", "zoom", "shear"
 
 
 def take(
-  data: resident.Resident | resident.Parts | None,
+  data: resident.Resident | None,
   chosen: jax.Array | resident.Resident,
   mesh: jax.sharding.Mesh,
   length: int | None = None,

@@ -169,6 +169,6 @@ def make(
   return ResidentFeed(config, task, split, batch_size, steps, mesh, in_parts=jax.process_count() > 1)
 
 
-def held_out(split: Split | Streamed, mesh: jax.sharding.Mesh) -> resident.Resident | resident.Parts | Streamed:
+def held_out(split: Split | Streamed, mesh: jax.sharding.Mesh) -> resident.Resident | Streamed:
   """What `step.evaluate` reads of a split."""
   return split if isinstance(split, Streamed) else resident.put(split, mesh, in_parts=jax.process_count() > 1)

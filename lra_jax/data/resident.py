@@ -18,21 +18,19 @@ class Resident(NamedTuple):
   lengths: jax.Array | None = None
 
 
-class Parts(NamedTuple):
+class Parts(Resident):
   """One split, its inputs cut into as many parts as there are devices; their number is filled up to a multiple."""
 
-  inputs: jax.Array
-  labels: jax.Array
-  lengths: jax.Array | None = None
+  __slots__ = ()
 
 
-def put(split: Split, mesh: jax.sharding.Mesh, in_parts: bool = False) -> Resident | Parts:
+def put(split: Split, mesh: jax.sharding.Mesh, in_parts: bool = False) -> Resident:
   """Copies a split to the devices of a mesh.
 
   Args:
     split: the same in every process.
     mesh: of the run.
-    in_parts: whether every device gets a part of the inputs, not a copy; labels and lengths are small.
+    in_parts: whether every device gets a part of the inputs (`Parts`), not a copy; labels and lengths are small.
   """
   whole = parallel.replicated(mesh)
   labels, lengths = parallel.put((split.labels, split.lengths), whole)
@@ -50,14 +48,14 @@ def put(split: Split, mesh: jax.sharding.Mesh, in_parts: bool = False) -> Reside
   return Parts(jax.make_array_from_callback(shape, sharding, part), labels, lengths)
 
 
-def data_sharding(data: Resident | Parts, mesh: jax.sharding.Mesh) -> Resident | Parts:
+def data_sharding(data: Resident, mesh: jax.sharding.Mesh) -> Resident:
   """Where the arrays of a split lie."""
   whole = parallel.replicated(mesh)
   lengths = None if data.lengths is None else whole
   return type(data)(parallel.sharded(mesh) if isinstance(data, Parts) else whole, whole, lengths)
 
 
-def chosen_sharding(data: Resident | Parts, mesh: jax.sharding.Mesh, axis: int = 0) -> jax.sharding.Sharding:
+def chosen_sharding(data: Resident, mesh: jax.sharding.Mesh, axis: int = 0) -> jax.sharding.Sharding:
   """Where indices into a split lie, whose axis `axis` is the batch: every device must know those of its rows."""
   return parallel.replicated(mesh) if isinstance(data, Parts) else parallel.sharded(mesh, axis)
 

@@ -17,6 +17,9 @@ import numpy as np
 
 from lra_jax import errors
 
+# TFDS's names of our splits; the second where the labels of the official test images are not public.
+_TRAIN_TEST = {"train": "train", "test": "test"}
+TRAIN_VALIDATION = {"train": "train", "test": "validation"}
 TRY_DIGITS = "meanwhile `--config configs/sequencer2d.py:digits` trains on data that needs no download"
 
 
@@ -136,7 +139,7 @@ def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int 
   path = tiny_imagenet_folder(data_dir)
   if path is not None:
     return folders.tiny_imagenet(path, size, max_corrupt=max_corrupt)
-  return _tfds(data_dir, tiny_imagenet_builder, {"train": "train", "test": "validation"}, size=size)
+  return _tfds(data_dir, tiny_imagenet_builder, TRAIN_VALIDATION, size=size)
 
 
 def tiny_imagenet_folder(data_dir: str | None) -> pathlib.Path | None:
@@ -177,7 +180,7 @@ def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int
   Raises:
     UserError: another variant, or the data are not there or cannot be read; it says how to prepare them.
   """
-  return _tfds(data_dir, imagenette_builder(variant), {"train": "train", "test": "validation"}, size=size)
+  return _tfds(data_dir, imagenette_builder(variant), TRAIN_VALIDATION, size=size)
 
 
 def imagenette_builder(variant: str) -> Callable[[pathlib.Path], Any]:
@@ -193,7 +196,7 @@ def imagenet2012(data_dir: str | None = None, size: int = 224) -> dict[str, Spli
 
   Arguments, result and errors as of `imagenette`; TFDS prepares the data from two archives that the user downloads.
   """
-  return _tfds(data_dir, imagenet2012_builder, {"train": "train", "test": "validation"}, size=size)
+  return _tfds(data_dir, imagenet2012_builder, TRAIN_VALIDATION, size=size)
 
 
 def imagenet2012_builder(data_dir: pathlib.Path) -> Any:
@@ -378,9 +381,6 @@ def _prepared_by_user(name, data_dir, archives=None):
   return builder
 
 
-_TRAIN_TEST = {"train": "train", "test": "test"}
-
-
 def _tfds(
   data_dir: str | None,
   make: Callable[[pathlib.Path], Any],  # a tfds.core.DatasetBuilder; its package is not imported before it is needed
@@ -400,11 +400,7 @@ def _tfds(
   from lra_jax.data import cache
 
   builder, where = open_tfds(data_dir, make)
-  infos = builder.info.splits
-  for split in splits.values():
-    if split not in infos:
-      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
-  files = [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
+  files = files_of(builder, where, splits)
   variant = f"{builder.version}-{label}" + (f"-{size}px" if size else "")
   entry = cache.entry(builder.info.full_name, variant, os.path.abspath(builder.data_path), files)
   return cache.load(entry, lambda: {ours: _read(builder, name, label, size, where) for ours, name in splits.items()})
@@ -439,6 +435,23 @@ def open_tfds(data_dir: str | None, make: Callable[[pathlib.Path], Any]) -> tupl
       if not builder.is_prepared():  # else another process was faster
         raise
   return builder, where
+
+
+def files_of(builder: Any, where: str, splits: dict[str, str]) -> list[str]:
+  """The files of some splits of a builder.
+
+  Args:
+    builder, where: of `open_tfds`.
+    splits: TFDS's names of ours.
+
+  Raises:
+    UserError: a split is missing.
+  """
+  infos = builder.info.splits
+  for split in splits.values():
+    if split not in infos:
+      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
+  return [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
 
 
 def _prepare(builder, where):

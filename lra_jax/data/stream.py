@@ -111,12 +111,8 @@ def of_tfds(builder: Any, where: str, splits: dict[str, str], size: int, label: 
   Raises:
     UserError: a split is missing or cannot be read.
   """
-  infos = builder.info.splits
-  for split in splits.values():
-    if split not in infos:
-      raise errors.UserError(f"{where}: has no split {split!r}, only {', '.join(infos)}; prepare it anew and whole")
+  files = sources.files_of(builder, where, splits)
   opened = {ours: _TfdsSplit(builder, where, split) for ours, split in splits.items()}
-  files = [os.fspath(file) for split in splits.values() for file in infos[split].filepaths]
   entry = cache.entry(
     builder.info.full_name, f"{builder.version}-{label}-alone", os.path.abspath(builder.data_path), files
   )

@@ -9,8 +9,6 @@ import os
 from lra_jax.data import folders, sources, stream
 from lra_jax.data.stream import Streamed
 
-_SPLITS = {"train": "train", "test": "validation"}
-
 
 def folder(path: str | os.PathLike, size: int, max_corrupt: int = 0) -> dict[str, Streamed]:
   """As `folders.folder`."""
@@ -22,17 +20,19 @@ def tiny_imagenet(data_dir: str | None = None, size: int = 64, max_corrupt: int 
   path = sources.tiny_imagenet_folder(data_dir)
   if path is not None:
     return _allow(stream.of_listing(folders.list_tiny_imagenet(path), size), max_corrupt)
-  return stream.of_tfds(*sources.open_tfds(data_dir, sources.tiny_imagenet_builder), _SPLITS, size)
+  return stream.of_tfds(*sources.open_tfds(data_dir, sources.tiny_imagenet_builder), sources.TRAIN_VALIDATION, size)
 
 
 def imagenette(data_dir: str | None = None, variant: str = "160px-v2", size: int = 160) -> dict[str, Streamed]:
   """As `sources.imagenette`."""
-  return stream.of_tfds(*sources.open_tfds(data_dir, sources.imagenette_builder(variant)), _SPLITS, size)
+  return stream.of_tfds(
+    *sources.open_tfds(data_dir, sources.imagenette_builder(variant)), sources.TRAIN_VALIDATION, size
+  )
 
 
 def imagenet2012(data_dir: str | None = None, size: int = 224) -> dict[str, Streamed]:
   """As `sources.imagenet2012`."""
-  return stream.of_tfds(*sources.open_tfds(data_dir, sources.imagenet2012_builder), _SPLITS, size)
+  return stream.of_tfds(*sources.open_tfds(data_dir, sources.imagenet2012_builder), sources.TRAIN_VALIDATION, size)
 
 
 def _allow(splits, max_corrupt):

@@ -107,17 +107,12 @@ _CIFAR10 = dict(
   load=sources.cifar10,
   options=("image_size",),
 )
-_CIFAR100 = dict(
-  image_shape=(32, 32, 3),
-  class_names=names.CIFAR100,
-  mean=(0.5071, 0.4865, 0.4409),
-  std=(0.2673, 0.2564, 0.2762),
-  load=sources.cifar100,
-  options=("image_size",),
+_CIFAR100 = _CIFAR10 | dict(
+  class_names=names.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), load=sources.cifar100
 )
 _MNIST = dict(image_shape=(28, 28, 1), class_names=names.DIGITS, mean=(0.1307,), std=(0.3081,), load=sources.mnist)
-_FASHION_MNIST = dict(
-  image_shape=(28, 28, 1), class_names=names.FASHION_MNIST, mean=(0.2860,), std=(0.3530,), load=sources.fashion_mnist
+_FASHION_MNIST = _MNIST | dict(
+  class_names=names.FASHION_MNIST, mean=(0.2860,), std=(0.3530,), load=sources.fashion_mnist
 )
 # ImageNet's mean and deviation, as all of its parts and most people's own pictures are normalised with.
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), options=("image_size",))

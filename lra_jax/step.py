@@ -116,7 +116,8 @@ def make_train_call(
   def step(data, state, chosen):
     number = state["step"]
     examples = batches.take(data, chosen, mesh, length)
-    inputs, targets_BS = batches.training(config, task, examples, key_of(number, AUGMENT), key_of(number, MIX))
+    keys = key_of(number, AUGMENT), key_of(number, MIX)
+    inputs, targets_BS = batches.training(config, task, examples, *keys, mesh)
 
     grads, loss, accuracy, model_state = gradients(
       state["params"], state["model_state"], inputs, targets_BS, key_of(number, DROPOUT)

@@ -1,16 +1,19 @@
 """A long training under kill -9: `python tests/soak.py --minutes 120 --kills 20 [--processes 2] [--seed 0]`.
 
-A run is killed at random moments (one of its processes, drawn as well; the others must end by themselves) and started
-again by the same command, until it has ended. Then the same run again, killed by nobody. At the end no step may be
-missing or there twice, both runs must have the same parameters and metrics, and in the second neither memory nor open
-files may have grown. Prints a table; exit code 1 where something is wrong.
+A run is killed at random moments of loading, compiling, training, evaluation and checkpoints (one of its processes,
+drawn as well; the others must end by themselves, with a line that names it) and started again by the same command,
+until it has ended. Then the same run again, killed by nobody. At the end no step may be missing or there twice, both
+runs must have the same parameters and metrics, and in the second neither memory nor open files may have grown. Prints a
+table; exit code 1 where something is wrong.
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +31,7 @@ FEWEST_SAMPLES = 60  # else growth is not judged
 MEMORY_GROWTH, FILES_GROWTH = 0.03, 1.0  # share of its size, and number, over all that counts
 END_SECONDS = 30  # in which the others end when one is killed
 TRIAL_STEPS = 200
+PHASES = ("loading", "compiling", "training", "evaluation", "checkpoint")
 
 
 def start(workdir: pathlib.Path, processes: int, steps: int, every: float) -> list[subprocess.Popen]:
@@ -42,9 +46,37 @@ def start(workdir: pathlib.Path, processes: int, steps: int, every: float) -> li
   for i in range(processes):
     place = {"LRA_JAX_PROCESSES": str(processes), "LRA_JAX_PROCESS": str(i), "LRA_JAX_COORDINATOR": coordinator}
     with open(f"{workdir}.{i}.log", "a") as log:
-      keywords = options(env={"JAX_PLATFORMS": "cpu"} | (place if processes > 1 else {}))
+      keywords = options(env={"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | (place if processes > 1 else {}))
       running.append(subprocess.Popen(command, **keywords | {"stdout": log, "stderr": subprocess.STDOUT}))
   return running
+
+
+def log_of(workdir: pathlib.Path, process: int) -> str:
+  """What a process printed, over all starts."""
+  path = pathlib.Path(f"{workdir}.{process}.log")
+  return path.read_text() if path.exists() else ""
+
+
+def phase_of(workdir: pathlib.Path, said_before: int, eval_every: int) -> str:
+  """Where a run is, by what process 0 has printed since, and by the files of its workdir."""
+  said = log_of(workdir, 0)[said_before:]
+  if " parameters; " not in said:
+    return "loading"
+  if "; compiled in " not in said:
+    return "compiling"
+  if any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")):
+    return "checkpoint"
+  last = re.search(r'\{"step": (\d+), "train/[^\n]*\}\n$', tail_of(workdir / "metrics.jsonl"))
+  return "evaluation" if last and int(last[1]) % eval_every == 0 else "training"
+
+
+def tail_of(path: pathlib.Path) -> str:
+  """The last 500 bytes of a text, "" where there is none yet."""
+  if not path.exists():
+    return ""
+  with path.open("rb") as file:
+    file.seek(max(0, path.stat().st_size - 500))
+    return file.read().decode(errors="replace")
 
 
 def sample(process: subprocess.Popen) -> tuple[float, int] | None:
@@ -101,24 +133,43 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   steps = max(int(TRIAL_STEPS / trained * (half - starting * (kills + 1) / 2) / 1.5), TRIAL_STEPS)
   print(f"{steps} steps, {TRIAL_STEPS / trained:.1f} a second; a start takes {starting:.0f} s", flush=True)
 
-  began, killed, workdir = time.monotonic(), 0, folder / "killed"
+  eval_every = next(event["step"] for event in events_of(trial) if "validation/loss" in event)
+
+  began, hit, workdir = time.monotonic(), collections.Counter(), folder / "killed"
   while True:
+    said = [len(log_of(workdir, i)) for i in range(processes)]
     running = start(workdir, processes, steps, every)
-    moment = draw.uniform(0, 2 * half / max(kills, 1)) if killed < kills else 1e6
-    if wait(running, moment, workdir):
+    if hit.total() == kills:
+      wait(running, 1e6, workdir)
+    else:
+      phase = PHASES[hit.total() % len(PHASES)]
+      moment = draw.uniform(0, starting / 2) if phase == "loading" else draw.uniform(0, 2 * half / kills)
+      wait(running, 0 if phase == "compiling" else moment, workdir)
+      deadline = time.monotonic() + half
+      while phase_of(workdir, said[0], eval_every) != phase and time.monotonic() < deadline:
+        if all(process.poll() is not None for process in running):
+          break
+        time.sleep(0.001)
+      if phase in ("compiling", "checkpoint"):
+        time.sleep(draw.uniform(0, starting / 4 if phase == "compiling" else 0.05))
+    if all(process.poll() is not None for process in running):
       if any(process.returncode for process in running):
         wrong.append(f"exit codes {[process.returncode for process in running]} of a start that nobody killed")
       break
     victim = draw.randrange(processes)
     running[victim].kill()
-    killed += 1
+    hit[phase_of(workdir, said[0], eval_every)] += 1
+    killed = f"kill {hit.total()} of process {victim}"
     if not wait(running, END_SECONDS, workdir):
-      wrong.append(f"kill {killed}: the others did not end within {END_SECONDS} s")
+      wrong.append(f"{killed}: the others did not end within {END_SECONDS} s")
       for process in running:
         process.kill()
     for i, process in enumerate(running):
-      if i != victim and process.returncode != 1:
-        wrong.append(f"kill {killed} of process {victim}: process {i} ended with {process.returncode}")
+      if i == victim:
+        continue
+      lines = [line for line in log_of(workdir, i)[said[i] :].splitlines() if line.startswith("error: ")]
+      if process.wait() != 1 or len(lines) != 1 or f"process {victim} of {processes} is lost" not in lines[0]:
+        wrong.append(f"{killed}: process {i} ended with {process.returncode} and {lines}")
   seconds_killed = time.monotonic() - began
 
   began, samples, whole = time.monotonic(), [], folder / "whole"
@@ -136,7 +187,7 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   rows = [
     ("processes", processes),
     ("steps", steps),
-    ("kill -9", killed),
+    ("kill -9", ", ".join(f"{hit[phase]} {phase}" for phase in PHASES)),
     ("minutes of the killed run", f"{seconds_killed / 60:.1f}"),
     ("minutes of the other", f"{seconds_whole / 60:.1f}"),
     ("steps missing or twice", abs(steps - len(found)) + len(found) - len(set(found))),

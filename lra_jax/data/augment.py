@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from lra_jax import errors
+from lra_jax import errors, parallel
 from lra_jax.data import operations, policies, tasks
 
 # Purposes of an example's keys, besides the four that `augment` splits off: numbers from 4 on are never equal to those.
@@ -289,6 +289,7 @@ def mix(
   cutmix: float,
   probability: float,
   per: str = "example",
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019) of every example with the one at the other end of the batch.
 
@@ -300,6 +301,8 @@ def mix(
     cutmix: α of CutMix's Beta(α, α); 0 switches it off. With both on, a fair coin decides for each example.
     probability: that an example is mixed at all.
     per: "example", or "batch" for one draw of all this that all examples share, timm's default.
+    mesh: of the devices that the batch is split over. Each draws all shares itself: they come from loops that end when
+      all are found, which the devices would have to ask each other in every turn.
 
   Returns:
     Images and targets, mixed by the same share; CutMix's share is that of the pixels really pasted.
@@ -315,11 +318,16 @@ def mix(
   keys = jax.random.split(key, 6)
   is_cut = jax.random.bernoulli(keys[0], 0.5, (batch,)) if mixup and cutmix else jnp.full((batch,), bool(cutmix))
   mixed = jax.random.bernoulli(keys[1], probability, (batch,))
+
+  def beta(key, alpha):
+    draws = jax.random.beta(key, alpha, alpha, (batch,))
+    return draws if mesh is None else jax.lax.with_sharding_constraint(draws, parallel.replicated(mesh))
+
   share = jnp.ones((batch,))  # of the example itself; the rest is its partner's
   if mixup:
-    share = jnp.where(is_cut, share, jax.random.beta(keys[2], mixup, mixup, (batch,)))
+    share = jnp.where(is_cut, share, beta(keys[2], mixup))
   if cutmix:
-    share = jnp.where(is_cut, jax.random.beta(keys[3], cutmix, cutmix, (batch,)), share)
+    share = jnp.where(is_cut, beta(keys[3], cutmix), share)
   share = jnp.where(mixed, share, 1.0)
 
   place = jax.random.uniform(keys[4], (batch, 2))

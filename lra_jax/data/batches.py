@@ -95,7 +95,12 @@ def buckets(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[int, .
 
 
 def training(
-  config: ml_collections.ConfigDict, task: tasks.Task, examples: resident.Resident, augment_key, mix_key
+  config: ml_collections.ConfigDict,
+  task: tasks.Task,
+  examples: resident.Resident,
+  augment_key: jax.Array,
+  mix_key: jax.Array,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], jax.Array]:
   """Examples augmented and mixed as `config.augment` and `config.train` say.
 
@@ -104,6 +109,7 @@ def training(
     task: of the examples.
     examples: a batch, as stored.
     augment_key, mix_key: of this step.
+    mesh: of the run.
 
   Returns:
     (x, further keyword arguments) of the model's call; and the class probabilities (B, S).
@@ -114,7 +120,7 @@ def training(
     return tokens(examples), targets_BS
   x_BHWC = augment.augment(augment_key, examples.inputs, config.augment, task)
   mixing = config.train.mixup, config.train.cutmix, config.train.mix_probability, config.train.mix_per
-  x_BHWC, targets_BS = augment.mix(mix_key, x_BHWC, targets_BS, *mixing)
+  x_BHWC, targets_BS = augment.mix(mix_key, x_BHWC, targets_BS, *mixing, mesh)
   return _with_mask(augment.view(x_BHWC, task), task), targets_BS
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from configs import common
 from lra_jax import config as config_lib
-from lra_jax import models, optim, runs
+from lra_jax import models, optim, parallel, runs
 from lra_jax.data import batches, resident, tasks
 
 MODELS = ("lra_transformer", "nystromformer", "fnet", "s5", "lru", "vit", "pit", "mlp_mixer", "gmlp", "trellisnet",
@@ -166,7 +166,7 @@ def test_gradients_on_short_forms(model, task_name):
   @jax.value_and_grad
   def loss(params, rest):
     key = jax.random.key(0)
-    (x, options), targets_BS = batches.training(config, task, examples, key, key)
+    (x, options), targets_BS = batches.training(config, task, examples, key, key, parallel.make_mesh(1))
     logits_BS = nnx.merge(graphdef, params, rest)(x, **options, train=True, rngs=nnx.Rngs(dropout=key))
     return optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
 

@@ -89,7 +89,7 @@ def recording() -> Iterator[dict[str, dict[str, str]]]:
 
 @contextlib.contextmanager
 def batches_split(mesh: Mesh, axes: tuple[str, ...] = ("data",)) -> Iterator[None]:
-  """Within it, `per_device` runs a kernel on every device's part of a batch that is split over `axes` of `mesh`."""
+  """Within it, `per_device` runs a function on every device's part of a batch that is split over `axes` of `mesh`."""
   token = _SPLIT.set((mesh, axes))
   try:
     yield
@@ -98,7 +98,10 @@ def batches_split(mesh: Mesh, axes: tuple[str, ...] = ("data",)) -> Iterator[Non
 
 
 def per_device(function: Callable, batched: Sequence[bool]) -> Callable:
-  """`function` under `jax.shard_map` within `batches_split`, else as it is: XLA cannot split a kernel by itself.
+  """`function` under `jax.shard_map` within `batches_split`, else as it is.
+
+  XLA cannot split a kernel by itself. Of a loop over time it gathers the weights, and sums up their gradients over the
+  devices, in every step; so it is done once, before and after.
 
   Args:
     function: of arrays; all of its results have the batch as their first axis.

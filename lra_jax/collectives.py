@@ -13,6 +13,9 @@ _ARRAY = re.compile(r"(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
+_CALLED = re.compile(r"%([\w.\-]+)")
 
 
 class Exchange(NamedTuple):
@@ -34,7 +37,7 @@ class Exchange(NamedTuple):
 def count(text: str) -> dict[str, Exchange]:
   """Counts the exchanges in the text of a compiled program, as `jax.stages.Compiled.as_text` gives it.
 
-  What is in a loop counts once.
+  What is in a loop counts once; see `in_loops`.
 
   Returns:
     Kind → `Exchange`, of the kinds that there are.
@@ -56,6 +59,22 @@ def count(text: str) -> dict[str, Exchange]:
     old = found.get(kind, Exchange(0, 0, 0.0))
     found[kind] = Exchange(old.count + 1, old.payload + payload, old.wire + payload * share.get(kind, 1.0))
   return found
+
+
+def in_loops(text: str) -> dict[str, Exchange]:
+  """As `count`, of the loops in the text alone: what is in them is exchanged again in every turn."""
+  computations, lines = {}, []
+  for line in text.splitlines():
+    if match := _HEAD.match(line):
+      lines = computations.setdefault(match[1], [])
+    lines.append(line)
+  found, waiting = set(), _LOOP.findall(text)
+  while waiting:
+    name = waiting.pop()
+    if name in computations and name not in found:
+      found.add(name)
+      waiting += _CALLED.findall("\n".join(computations[name][1:]))
+  return count("\n".join(line for name in sorted(found) for line in computations[name]))
 
 
 def least(parameters: int, data: int, fsdp: int, width: int) -> float:

@@ -64,3 +64,63 @@ def test_a_real_program_sends_no_less_than_the_least():
   assert float(rows[0][2]) == float(rows[0][3]) and rows[0][4] == "all-reduce"
   for row in rows[1:]:
     assert float(row[3]) <= float(row[2]) <= 2 * float(row[3]), row
+
+
+LOOPS = """
+HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%inner (p: f32[10]) -> f32[10] {
+  ROOT %r = f32[10]{0} all-reduce(%p), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%body (p: f32[10]) -> f32[10] {
+  ROOT %c = f32[10]{0} call(%p), to_apply=%inner
+}
+
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %g = f32[80]{0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %w = f32[10]{0} while(%x), condition=%until, body=%body
+}
+"""
+
+
+def test_what_is_in_a_loop_is_told_apart():
+  assert collectives.in_loops(LOOPS) == {"all-reduce": (1, 40, 70)}
+  assert set(collectives.count(LOOPS)) == {"all-reduce", "all-gather"}
+  assert collectives.in_loops(LOOPS[: LOOPS.index("ENTRY")]) == {}
+
+
+STEP = """
+import importlib, sys
+import jax, jax.numpy as jnp
+from lra_jax import collectives, parallel, step
+from lra_jax.data import resident, sources, tasks
+parallel.SMALL = 16  # or nothing of these small models would be split
+task, name = tasks.get("digits"), sys.argv[1]
+config = importlib.import_module(f"configs.{name}").get_config("digits")
+config.train.batch_size = 16
+config.model.update({"sequencer2d": {"depths": (1,), "patch_sizes": (2,), "embed_dims": (64,), "hidden_sizes": (16,)},
+                     "lipschitz_rnn": {}}.get(name, {"depth": 1}))
+for fsdp in (1, 8):
+  mesh = parallel.make_mesh(-1, fsdp)
+  schedule = lambda step: 1e-3
+  graphdef, state, optimizer = step.init_state(config, task, schedule, mesh)
+  data = resident.put(sources.digits()["train"], mesh, in_parts=True)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state), resident.data_sharding(data, mesh)
+  call = step.make_train_call(
+    config, task, graphdef, optimizer, schedule, 1, mesh, shardings=(*shardings, parallel.replicated(mesh))
+  )
+  text = call.lower(state, data, jnp.zeros((1, 16), jnp.int32)).compile().as_text()
+  print(fsdp, "while(" in text, bool(collectives.count(text)), collectives.in_loops(text))
+"""
+
+
+@pytest.mark.parametrize("model", ["sequencer2d", "lipschitz_rnn", "lru"])
+def test_recurrences_exchange_nothing_from_step_to_step(model):
+  """Weights are gathered before their loops, and gradients summed up over the devices after them."""
+  process = subprocess.run([sys.executable, "-c", STEP, model], **options(env={"JAX_NUM_CPU_DEVICES": "8"}))
+  assert process.stdout == "1 True True {}\n8 True True {}\n", process.stdout + process.stderr

@@ -17,6 +17,8 @@ so that nothing but a and the result h is kept for it. Carries are float32 whate
 state in registers and find the states between parts of a chunk of time in shared memory. Backward is the same kernel.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,9 +32,15 @@ def _mosaic(*arguments):
   return mosaic.recurrence(*arguments)
 
 
+def _sequential(x_re_BTN, x_im_BTN, a_re, a_im, reverse):
+  varying = a_re.shape[0] > 1 or a_re.shape[1] > 1
+  run = functools.partial(xla.sequential, reverse=reverse)
+  return dispatch.per_device(run, (True, True, varying, varying))(x_re_BTN, x_im_BTN, a_re, a_im)
+
+
 IMPLEMENTATIONS = {
   "reference": reference.recurrence,
-  "sequential": xla.sequential,
+  "sequential": _sequential,
   "associative": xla.associative,
   "mosaic": _mosaic,
 }

@@ -13,6 +13,8 @@ for Euler's, two for the midpoint's, four for Kutta's) and two more with a gate,
 The batch comes first, as it does in models; no form has to transpose.
 """
 
+import functools
+
 import jax
 
 from kernels import dispatch
@@ -27,7 +29,12 @@ def _mosaic(*arguments):
   return mosaic.recurrence(*arguments)
 
 
-IMPLEMENTATIONS = {"reference": reference.recurrence, "xla": xla.recurrence, "mosaic": _mosaic}
+def _xla(z_BTD, gate_BTD, a_DD, w_DD, settings):
+  run = functools.partial(xla.recurrence, settings=settings)
+  return dispatch.per_device(run, (True, True, False, False))(z_BTD, gate_BTD, a_DD, w_DD)
+
+
+IMPLEMENTATIONS = {"reference": reference.recurrence, "xla": _xla, "mosaic": _mosaic}
 
 
 def lipschitz_rnn(

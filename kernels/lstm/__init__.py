@@ -14,6 +14,7 @@ takes up to 256 hidden units. From 145 on in bfloat16, and from 97 on in float32
 at every step. "cudnn" is cuDNN's LSTM, in float32, for GPUs of other generations and to compare with.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,11 @@ def _projected(recurrence: Callable) -> Callable:
   return layers
 
 
+def _xla(z_BHWF, w_hh_GKF, directions, unroll):
+  run = functools.partial(xla.recurrence, directions=directions, unroll=unroll)
+  return dispatch.per_device(run, (True, False))(z_BHWF, w_hh_GKF)
+
+
 def _mosaic(z_BHWF, w_hh_GKF, directions, unroll):
   from kernels.lstm import mosaic  # loads Pallas
 
@@ -51,7 +57,7 @@ def _cudnn(*arguments):
 
 IMPLEMENTATIONS = {
   "reference": _projected(reference.recurrence),
-  "xla": _projected(xla.recurrence),
+  "xla": _projected(_xla),
   "mosaic": _projected(_mosaic),
   "cudnn": _cudnn,
 }

@@ -4,7 +4,8 @@
 # Process i takes the i-th GPU of CUDA_VISIBLE_DEVICES, or of the host (GPUS_PER_PROCESS=2 gives it two of them). Without
 # GPUs, or with JAX_PLATFORMS=cpu, it has CPUS devices of the CPU (CPUS=1).
 # Lines of process i start with [i]; process 0 has the progress bar. When one process ends with an error, all others are
-# ended within 30 seconds, and the exit code is its. Ctrl-C and SIGTERM are passed on: all save the same step and end.
+# ended within 30 seconds, and the exit code is its. Ctrl-C and SIGTERM are passed on: all save the same step and end; a
+# second one kills them.
 # PYTHON names the interpreter. Needs bash 5.1.
 set -euo pipefail
 
@@ -58,7 +59,12 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 
-pass_on() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+number=TERM
+# shellcheck disable=SC2329  # by trap
+pass_on() {
+  kill -$number "${pids[@]}" 2>/dev/null || true
+  number=KILL
+}
 trap pass_on INT TERM
 
 code=0 left=$count

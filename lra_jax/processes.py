@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from lra_jax import errors
 SILENCE_SECONDS = 20  # until a process counts as lost; then the others end
 _RUNTIME_SECONDS = 600  # until JAX's own runtime aborts all for it
 _START_SECONDS = 300  # until all processes must have come
-_PORT = 9876  # of SLURM's first node, plus the job's number modulo 1000
+_PORT = 9876  # of SLURM's first node; up to 999 are added by the numbers of job, step and restart
 
 
 class Place(NamedTuple):
@@ -40,7 +41,8 @@ def find_place(environment: dict[str, str]) -> Place | None:
   """What launch/local.sh, a Kubernetes JobSet (launch/jobset.yaml) or SLURM's srun say; None for a single process.
 
   Of the environment's variables, LRA_JAX_PROCESSES, LRA_JAX_PROCESS and LRA_JAX_COORDINATOR decide; of a JobSet the
-  process is JOB_COMPLETION_INDEX. Else SLURM_NTASKS, SLURM_PROCID, SLURM_STEP_NODELIST and SLURM_JOB_ID, set by srun.
+  process is JOB_COMPLETION_INDEX. Else SLURM_NTASKS, SLURM_PROCID, SLURM_STEP_NODELIST and SLURM_JOB_ID, set by srun;
+  SLURM_STEP_ID and SLURM_RESTART_COUNT change the port, at which the start before may still be listening.
 
   Raises:
     UserError: they contradict each other or are no numbers.
@@ -52,7 +54,10 @@ def find_place(environment: dict[str, str]) -> Place | None:
       coordinator = environment.get("LRA_JAX_COORDINATOR", "")
     elif environment.get("SLURM_STEP_NODELIST") and int(environment.get("SLURM_NTASKS", "1")) > 1:
       count, process = int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
-      port = _PORT + int(environment["SLURM_JOB_ID"]) % 1000
+      job, step, restart = (
+        int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+      )
+      port = _PORT + (job + 31 * step + 101 * restart) % 1000
       coordinator = f"{first_node(environment['SLURM_STEP_NODELIST'])}:{port}"
     else:
       return None
@@ -84,7 +89,7 @@ def start(environment: dict[str, str] | None = None) -> None:
   Raises:
     UserError: as of `find_place`, or the others did not come.
   """
-  global _pulse
+  global _pulse, _service
   place = find_place(dict(os.environ) if environment is None else environment)
   if place is None:
     return
@@ -94,7 +99,7 @@ def start(environment: dict[str, str] | None = None) -> None:
   if "cpu" in (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")).split(","):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if place.process == 0:
-    _start_service(place)
+    _service = _start_service(place)
   original = distributed._jax.get_distributed_runtime_service
   distributed._jax.get_distributed_runtime_service = lambda *_, **__: _Elsewhere()
   try:
@@ -113,6 +118,11 @@ def start(environment: dict[str, str] | None = None) -> None:
     ) from error
   finally:
     distributed._jax.get_distributed_runtime_service = original
+  if distributed.global_state.client.key_value_dir_get(_key(place.process)):
+    raise errors.UserError(
+      f"process {place.process} of {place.count} met at {place.coordinator} what is left of an earlier start, which "
+      "ends within a minute; wait, or take another port"
+    )
   _pulse = _Pulse(place, distributed.global_state.client)
 
 
@@ -131,11 +141,14 @@ def _start_service(place):
   """
   port = place.coordinator.rpartition(":")[2]
   command = [sys.executable, "-c", "from lra_jax import processes; processes.serve()", port, str(place.count)]
-  subprocess.Popen([*command, str(os.getpid())], start_new_session=True, stdin=subprocess.DEVNULL)
+  return subprocess.Popen([*command, str(os.getpid())], start_new_session=True, stdin=subprocess.DEVNULL)
 
 
 def serve() -> None:
-  """The service: until a minute after the process that started it has ended. Arguments: port, processes, process id."""
+  """The service: until a minute after the process that started it has ended, or a second after SIGTERM from that.
+
+  Arguments: port, number of processes, process id of the one that started it.
+  """
   from jax._src.lib import _jax
 
   port, count, parent = sys.argv[1:]
@@ -147,11 +160,19 @@ def serve() -> None:
   nothing = os.open(os.devnull, os.O_WRONLY)
   for stream in (1, 2):  # else who reads what process 0 prints would wait for its end until this process ends as well
     os.dup2(nothing, stream)
+  done = threading.Event()
+  signal.signal(signal.SIGTERM, lambda *_: done.set())
   while os.getppid() == int(parent):
-    time.sleep(1)
+    if done.wait(1):  # all have left
+      time.sleep(1)
+      os._exit(0)
   time.sleep(60)  # the others still read from it who is lost
   del service
   os._exit(0)
+
+
+def _key(process):
+  return f"lra_jax/pulse/{process}"
 
 
 class _Pulse:
@@ -161,14 +182,11 @@ class _Pulse:
     self._place, self._client, self._leaving = place, client, False
     threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
-  def _key(self, process):
-    return f"lra_jax/pulse/{process}"
-
   def leave(self, last_words):
     """Tells the others that this process ends now, and why: "" where all is well."""
     self._leaving = True
     with contextlib.suppress(Exception):  # the service may be gone
-      self._client.key_value_set(self._key(self._place.process), f"left {last_words}", allow_overwrite=True)
+      self._client.key_value_set(_key(self._place.process), f"left {last_words}", allow_overwrite=True)
 
   def _run(self):
     seen = dict.fromkeys(range(self._place.count), ("", time.monotonic()))
@@ -176,7 +194,7 @@ class _Pulse:
       if self._leaving:
         return
       try:
-        self._client.key_value_set(self._key(self._place.process), f"{beat}", allow_overwrite=True)
+        self._client.key_value_set(_key(self._place.process), f"{beat}", allow_overwrite=True)
         values = dict(self._client.key_value_dir_get("lra_jax/pulse"))
       except Exception as error:
         if not self._leaving:
@@ -184,7 +202,7 @@ class _Pulse:
         return
       now = time.monotonic()
       for process in seen:
-        value = values.get(self._key(process), "")
+        value = values.get(_key(process), "")
         if value.startswith("left"):
           if len(value) > len("left ") and not self._leaving:
             self._end(process, "ended with an error")
@@ -203,6 +221,7 @@ class _Pulse:
 
 
 _pulse: _Pulse | None = None
+_service: subprocess.Popen | None = None  # in process 0
 
 
 @contextlib.contextmanager
@@ -226,6 +245,8 @@ def started() -> Iterator[None]:
   if _pulse is not None:
     _pulse.leave("")
     jax.distributed.shutdown()
+    if _service is not None:
+      _service.terminate()
 
 
 def _say_and_end(line):

@@ -24,7 +24,7 @@ import test_train
 from commands import ROOT, options
 from data.machine import file_limit
 from flax import nnx
-from test_scaling import finish, result_of, start
+from test_scaling import SAVING, finish, result_of, start
 
 from lra_jax import checkpoint, errors, metrics, runs, train
 from lra_jax import step as step_lib
@@ -239,18 +239,16 @@ def test_nothing_stays_open(tmp_path):
 
 @pytest.mark.timeout(1200)
 def test_two_processes_lose_nothing(tmp_path, monkeypatch):
-  """SIGTERM to one, one that stops answering, kill -9 of each: then all is as if nothing had been.
+  """SIGTERM to one, one that stops answering, kill -9 of the first: then all is as if nothing had been.
 
   Each time the same command goes on. The seed says at which step and how long after it.
   """
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # 12 starts: small programs count
-  short = "--config.train.steps=30"
-  finish(start(tmp_path / "whole", 2, 1, short))
+  short = "--config.train.steps=30", SAVING
+  finish(start(tmp_path / "whole", 2, 1, *short))
   workdir, draw = tmp_path / "run", random.Random(6)
-  for round_, (number, victim) in enumerate(
-    [(signal.SIGTERM, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 0)]
-  ):
-    running = start(workdir, 2, 1, short)
+  for round_, (number, victim) in enumerate([(signal.SIGTERM, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)]):
+    running = start(workdir, 2, 1, *short)
     goal = 6 * round_ + draw.randrange(2, 6)
     wait_for(lambda goal=goal: steps_written(workdir) >= goal, running)
     time.sleep(draw.random() / 10)
@@ -272,7 +270,7 @@ def test_two_processes_lose_nothing(tmp_path, monkeypatch):
       f"error: process {victim} of 2 is lost (silent for 20 s); process {1 - victim} ends too. The same command "
       "resumes from the newest checkpoint"
     )
-  finish(start(workdir, 2, 1, short))
+  finish(start(workdir, 2, 1, *short))
   assert result_of(workdir)["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
   assert metrics.read(workdir) == metrics.read(tmp_path / "whole")  # no step twice, none missing
 
@@ -331,6 +329,41 @@ def test_a_host_whose_data_differ():
   )
   assert first.startswith("error: process 1 of 2 ended with an error; process 0 ends too.")
   assert first.count("\n") == 1
+
+
+MEETING = """
+import time
+from lra_jax import errors, processes
+def main():
+  with processes.started():
+    print("met", flush=True)
+    time.sleep(300)
+errors.exit_on_user_error(main)
+"""
+
+
+def test_what_is_left_of_an_earlier_start_is_recognised():
+  with socket.socket() as free:
+    free.bind(("", 0))
+    place = {"LRA_JAX_PROCESSES": "2", "LRA_JAX_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}"}
+
+  def both():
+    return [
+      subprocess.Popen([sys.executable, "-c", MEETING], **options(env=place | {"LRA_JAX_PROCESS": str(i)}))
+      for i in range(2)
+    ]
+
+  running = both()
+  assert [process.stdout.readline() for process in running] == ["met\n"] * 2
+  time.sleep(3)  # a pulse each
+  for process in running:
+    process.kill()
+    process.communicate()
+  running = both()
+  errors_ = [process.communicate(timeout=120)[1] for process in running]
+  assert [process.returncode for process in running] == [2, 2], errors_
+  assert all(error.splitlines()[-1].startswith("error: process ") for error in errors_), errors_
+  assert "Traceback" not in "".join(errors_)
 
 
 def test_a_process_that_hangs_shows_its_stacks_and_ends():

@@ -193,14 +193,14 @@ def test_slurm_runs_stops_before_the_limit_and_is_put_back(tmp_path):
   assert re.search(r"^0: stopped by SIGTERM at step \d+ of 40; saved", printed, re.M), printed
   assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n" and not (workdir / "result.json").exists()
 
-  process = launch(*command, **slurm)  # the job put back: the same command
+  process = launch(*command, **slurm, SLURM_RESTART_COUNT="1")  # the job put back: the same command
   await_steps(process, workdir, 12)
   kill(process, "SLURM_PROCID=1")
   process.communicate(timeout=60)
   assert process.returncode == 9  # a failure is not put back by the script
   assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"
 
-  process = launch(*command, **slurm)
+  process = launch(*command, **slurm, SLURM_RESTART_COUNT="2")
   printed, error = process.communicate(timeout=120)
   assert process.returncode == 0, error
   assert result_of(workdir)["steps"] == 40 and "2 processes" in printed
@@ -262,7 +262,7 @@ def test_jobset_starts_processes_that_find_each_other(jobset, tmp_path):
   assert spec["completions"] == spec["parallelism"] == count and spec["completionMode"] == "Indexed"
   host, port = env["LRA_JAX_COORDINATOR"].split(":")
   assert host == f"{name}-{replicated['name']}-0-0.{name}" and jobset["spec"]["network"]["enableDNSHostnames"]
-  assert container["ports"] == [{"containerPort": int(port)}]
+  assert container["ports"] == [{"containerPort": int(port), "protocol": "TCP"}]
   mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
   assert {volume["name"] for volume in spec["template"]["spec"]["volumes"]} == set(mounts)
 

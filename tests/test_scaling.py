@@ -19,8 +19,8 @@ RUN = (
   "--config=configs/mlp_mixer.py:digits", "--config.model.depth=1", "--config.model.width=128",
   "--config.model.drop_path=0.2", "--config.train.batch_size=32", "--config.train.steps=50",
   "--config.eval.every_epochs=0.25", "--config.optim.schedule.warmup_epochs=0.1",
-  "--config.checkpoint.every_seconds=0.0",
 )  # fmt: skip
+SAVING = "--config.checkpoint.every_seconds=0.0"  # at every step; processes wait for each other each time
 
 
 def start(workdir, count=1, devices=1, *arguments):
@@ -60,7 +60,7 @@ def losses_of(workdir):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-  """The run of one device."""
+  """The run of one device, which keeps its best steps."""
   workdir = tmp_path_factory.mktemp("alone") / "run"
   finish(start(workdir))
   return workdir
@@ -84,8 +84,8 @@ def test_a_checkpoint_goes_to_other_devices(alone, tmp_path):
   """Killed on 8 devices, gone on with 2 processes, killed, ended on one device."""
   workdir = tmp_path / "run"
   for step, running in (
-    (10, lambda: start(workdir, 1, 8, "--config.parallel.fsdp=4")),
-    (25, lambda: start(workdir, 2, 2)),
+    (10, lambda: start(workdir, 1, 8, SAVING, "--config.parallel.fsdp=4")),
+    (25, lambda: start(workdir, 2, 2, SAVING)),
   ):
     running = running()
     deadline = time.monotonic() + 200
@@ -97,7 +97,7 @@ def test_a_checkpoint_goes_to_other_devices(alone, tmp_path):
     for process in running:
       process.send_signal(signal.SIGKILL)
       process.communicate()
-  ((printed, _),) = finish(start(workdir))
+  ((printed, _),) = finish(start(workdir, 1, 1, SAVING))
   assert "resuming at step" in printed and "1 ×" not in printed
   np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=5e-5)
 
@@ -173,6 +173,8 @@ def test_state_is_split_by_rule_and_starts_from_the_same_numbers():
      (1, 2, "x-workers-0-0.x:9876")),
     (dict(SLURM_NTASKS="16", SLURM_PROCID="9", SLURM_STEP_NODELIST="gpu[004-005]", SLURM_JOB_ID="123456"),
      (9, 16, "gpu004:10332")),
+    (dict(SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_STEP_NODELIST="n1,n2", SLURM_JOB_ID="7", SLURM_STEP_ID="1",
+          SLURM_RESTART_COUNT="2"), (0, 2, "n1:10116")),
     (dict(SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_STEP_NODELIST="gpu1", SLURM_JOB_ID="1"), None),
     (dict(SLURM_NTASKS="8"), None),  # in sbatch's script, not in a step of srun
   ],

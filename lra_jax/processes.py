@@ -118,11 +118,6 @@ def start(environment: dict[str, str] | None = None) -> None:
     ) from error
   finally:
     distributed._jax.get_distributed_runtime_service = original
-  if distributed.global_state.client.key_value_dir_get(_key(place.process)):
-    raise errors.UserError(
-      f"process {place.process} of {place.count} met at {place.coordinator} what is left of an earlier start, which "
-      "ends within a minute; wait, or take another port"
-    )
   _pulse = _Pulse(place, distributed.global_state.client)
 
 
@@ -141,7 +136,17 @@ def _start_service(place):
   """
   port = place.coordinator.rpartition(":")[2]
   command = [sys.executable, "-c", "from lra_jax import processes; processes.serve()", port, str(place.count)]
-  return subprocess.Popen([*command, str(os.getpid())], start_new_session=True, stdin=subprocess.DEVNULL)
+  service = subprocess.Popen(
+    [*command, str(os.getpid())], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+  )
+  with service.stdout as answer:
+    problem = answer.readline().strip()
+  if problem != "listening":
+    raise errors.UserError(
+      f"{place.coordinator}: process 0 cannot listen there ({problem or 'the service did not start'}). What is left of "
+      "an earlier start ends within a minute; wait, or take another port"
+    )
+  return service
 
 
 def serve() -> None:
@@ -153,10 +158,14 @@ def serve() -> None:
 
   port, count, parent = sys.argv[1:]
   try:
+    with socket.socket(socket.AF_INET6) as taken:  # gRPC would share a port that another start still listens at
+      taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      taken.bind(("::", int(port)))
     service = _jax.get_distributed_runtime_service(f"[::]:{port}", int(count), heartbeat_timeout=_RUNTIME_SECONDS)
-  except Exception as error:  # the port is taken: process 0 says that nobody was met
-    print(f"error: port {port} cannot be listened at ({errors.first_line(error)})", file=sys.stderr, flush=True)
+  except Exception as error:  # of any type that the runtime has
+    print(errors.first_line(error), flush=True)
     os._exit(1)
+  print("listening", flush=True)
   nothing = os.open(os.devnull, os.O_WRONLY)
   for stream in (1, 2):  # else who reads what process 0 prints would wait for its end until this process ends as well
     os.dup2(nothing, stream)
@@ -171,10 +180,6 @@ def serve() -> None:
   os._exit(0)
 
 
-def _key(process):
-  return f"lra_jax/pulse/{process}"
-
-
 class _Pulse:
   """A thread that tells the others every second that this process lives, and ends it when another does not."""
 
@@ -182,11 +187,14 @@ class _Pulse:
     self._place, self._client, self._leaving = place, client, False
     threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
+  def _key(self, process):
+    return f"lra_jax/pulse/{process}"
+
   def leave(self, last_words):
     """Tells the others that this process ends now, and why: "" where all is well."""
     self._leaving = True
     with contextlib.suppress(Exception):  # the service may be gone
-      self._client.key_value_set(_key(self._place.process), f"left {last_words}", allow_overwrite=True)
+      self._client.key_value_set(self._key(self._place.process), f"left {last_words}", allow_overwrite=True)
 
   def _run(self):
     seen = dict.fromkeys(range(self._place.count), ("", time.monotonic()))
@@ -194,7 +202,7 @@ class _Pulse:
       if self._leaving:
         return
       try:
-        self._client.key_value_set(_key(self._place.process), f"{beat}", allow_overwrite=True)
+        self._client.key_value_set(self._key(self._place.process), f"{beat}", allow_overwrite=True)
         values = dict(self._client.key_value_dir_get("lra_jax/pulse"))
       except Exception as error:
         if not self._leaving:
@@ -202,7 +210,7 @@ class _Pulse:
         return
       now = time.monotonic()
       for process in seen:
-        value = values.get(_key(process), "")
+        value = values.get(self._key(process), "")
         if value.startswith("left"):
           if len(value) > len("left ") and not self._leaving:
             self._end(process, "ended with an error")

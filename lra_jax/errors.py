@@ -10,6 +10,10 @@ from absl import app, flags
 class UserError(Exception):
   """Something the user can mend. Its text is one line; programmer errors keep their own types and tracebacks."""
 
+  def __init__(self, text: str):
+    """Args: text; line ends in it, of a name or value that was given, show as \\n."""
+    super().__init__("\\n".join(text.splitlines()))
+
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
   """Returns the line for a name that does not exist, near misses first.

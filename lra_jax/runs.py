@@ -95,7 +95,7 @@ def open_workdir(
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      changed = config_lib.differences(path.read_text(), text)
+      changed = config_lib.differences(config_lib.to_json(read_config(workdir)), text)
       if changed:
         raise errors.UserError(
           f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another folder"
@@ -108,7 +108,7 @@ def open_workdir(
         )
     result = workdir / "result.json"
     if result.exists():
-      return json.loads(result.read_text())
+      return _read_json(result)
     if lock is not None:
       lock.acquire()
     if not path.exists():
@@ -117,6 +117,34 @@ def open_workdir(
   except OSError as error:
     raise errors.UserError(f"--workdir {workdir} cannot be used ({error.strerror}: {error.filename})") from error
   return None
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config of a run.
+
+  Raises:
+    UserError: its file is not there, or is not what a run writes.
+  """
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise errors.UserError(f"--workdir {workdir} holds no run (no config.json); give the folder of a training run")
+  found = _read_json(path)
+  groups = [found.get(name) if isinstance(found, dict) else None for name in ("model", "task")]
+  if not all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups):
+    raise errors.UserError(f"{path} is not the config of a run, which names a model and a task; put the run's own back")
+  try:
+    return config_lib.from_json(json.dumps(found))
+  except (ValueError, TypeError, KeyError) as error:  # of ml_collections, such as a name with a dot
+    raise errors.UserError(f"{path} is damaged ({errors.first_line(error)}); put the run's own back") from error
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_bytes())
+  except OSError as error:
+    raise errors.UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+  except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+    raise errors.UserError(f"{path} is damaged ({errors.first_line(error)}); put the run's own back") from error
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -172,7 +200,7 @@ def task_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tasks.T
   """
   path = workdir / "class_names.json"
   if path.is_file():
-    return tasks.of(config.task, tuple(json.loads(path.read_text())))
+    return tasks.of(config.task, tuple(_read_json(path)))
   task = tasks.of(config.task)
   if processes.is_main():
     write_atomically(path, json.dumps(task.class_names, indent=1) + "\n")
@@ -210,9 +238,7 @@ def load(workdir: str | pathlib.Path, step: str = "best") -> Trained:
     UserError: no such run, step or readable checkpoint.
   """
   workdir = pathlib.Path(workdir)
-  if not (workdir / "config.json").is_file():
-    raise errors.UserError(f"--workdir {workdir} holds no run (no config.json); give the folder of a training run")
-  config = config_lib.from_json((workdir / "config.json").read_text())
+  config = read_config(workdir)
   if config.model.get("implementation"):
     config.model.implementation = None  # what served in training, on a GPU say, may not serve here
   task = task_of(config, workdir)

@@ -158,8 +158,9 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
       break
     victim = draw.randrange(processes)
     running[victim].kill()
-    hit[phase_of(workdir, said[0], eval_every)] += 1
+    hit[phase := phase_of(workdir, said[0], eval_every)] += 1
     killed = f"kill {hit.total()} of process {victim}"
+    print(f"{killed}, {phase}", flush=True)
     if not wait(running, END_SECONDS, workdir):
       wrong.append(f"{killed}: the others did not end within {END_SECONDS} s")
       for process in running:

@@ -130,7 +130,8 @@ class Checkpoints:
     """The newest checkpoint that can be read; damaged ones are moved to `<workdir>/damaged` and named by `say`.
 
     Raises:
-      UserError: there are checkpoints, and all are damaged.
+      UserError: there are checkpoints, and all are damaged. With several processes: the newest is, as what one cannot
+        read the others may be able to; the next start finds the one before.
     """
     steps = self.steps()
     for step in reversed(steps):
@@ -138,11 +139,16 @@ class Checkpoints:
         return self.restore(step, like)
       except Exception as error:  # damage shows as dozens of types of error
         target = self._workdir / "damaged" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
+        if (self._folder / str(step)).exists():
+          shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
-        shutil.move(self._folder / str(step), target)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+          (self._folder / str(step)).rename(target)
+        line = f"checkpoint {step} is damaged ({errors.first_line(error)}); moved to {target}"
+        if jax.process_count() > 1:
+          raise errors.UserError(f"{line}; the same command goes on from the one before") from error
         self._manager.reload()
-        say(f"checkpoint {step} is damaged ({errors.first_line(error)}); moved to {target}, trying the one before")
+        say(f"{line}, trying the one before")
     if steps:
       raise errors.UserError(f"{self._folder}: all checkpoints ({', '.join(map(str, steps))}) are damaged; start anew")
     return None

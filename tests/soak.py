@@ -24,6 +24,8 @@ import numpy as np
 from commands import options
 from test_scaling import RUN
 
+from lra_jax.processes import SILENCE_SECONDS
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # Of a process the first seconds of training do not count: compiling's memory goes, the heap finds its size.
 WARM_UP_SECONDS = 100
@@ -120,8 +122,8 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   """Runs all of it in a folder, prints the table; what is wrong."""
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-  draw, wrong, half = random.Random(seed), [], minutes * 30
-  every = min(60.0, half / max(kills, 1) / 4)
+  draw, wrong = random.Random(seed), []
+  every = min(60.0, minutes * 30 / max(kills, 1) / 4)
 
   for name in ("first", "second"):  # which shows what a start takes once all is compiled
     began = time.monotonic()
@@ -130,7 +132,11 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
       return ["the trial did not end"]
   trained = result_of(trial)["seconds"]
   starting = max(time.monotonic() - began - trained, 0.0)
-  steps = max(int(TRIAL_STEPS / trained * (half - starting * (kills + 1) / 2) / 1.5), TRIAL_STEPS)
+  # A kill costs a start and, with several processes, the time until it is noticed; what is left is for training, in
+  # the killed run and then half as long in the other.
+  lost = starting + (SILENCE_SECONDS if processes > 1 else 0)
+  training = max((60 * minutes - kills * lost) / 1.5, 2 * kills, 10)
+  steps = max(int(TRIAL_STEPS / trained * training / 2), TRIAL_STEPS)
   print(f"{steps} steps, {TRIAL_STEPS / trained:.1f} a second; a start takes {starting:.0f} s", flush=True)
 
   eval_every = next(event["step"] for event in events_of(trial) if "validation/loss" in event)
@@ -143,12 +149,11 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
       wait(running, 1e6, workdir)
     else:
       phase = PHASES[hit.total() % len(PHASES)]
-      moment = draw.uniform(0, starting / 2) if phase == "loading" else draw.uniform(0, 2 * half / kills)
-      wait(running, 0 if phase == "compiling" else moment, workdir)
-      deadline = time.monotonic() + half
-      while phase_of(workdir, said[0], eval_every) != phase and time.monotonic() < deadline:
-        if all(process.poll() is not None for process in running):
-          break
+      most = {"loading": starting / 3, "compiling": 0}.get(phase, 2 * training / kills)
+      wait(running, draw.uniform(0, most), workdir)
+      while (now := phase_of(workdir, said[0], eval_every)) != phase and any(p.poll() is None for p in running):
+        if PHASES.index(now) > PHASES.index(phase) and phase in ("loading", "compiling"):
+          break  # missed
         time.sleep(0.001)
       if phase in ("compiling", "checkpoint"):
         time.sleep(draw.uniform(0, starting / 4 if phase == "compiling" else 0.05))

@@ -403,6 +403,30 @@ def test_the_count_of_skipped_steps_outlives_a_start(tmp_path):
     assert newest == 5, start_
 
 
+def test_an_example_that_is_not_a_number(tmp_path, monkeypatch):
+  """Poisoned data end the run at the step that reads them, or are skipped, once an epoch, and the rest is learnt."""
+  config = test_train.small_config(eval__every_epochs=0.25)
+  split = tasks.load(tasks.get("digits"), **runs.data_settings(config))["train"]
+  chosen = resident.train_indices(len(split.labels), 32, 0, 20, config.seed)
+  batch, victim = 7, chosen[7, 3]
+  assert (chosen == victim).sum() == 1
+  real = step_lib.batches.training
+
+  def poisoned(config, task, examples, *rest):
+    (x_BHWC, options), targets_BS = real(config, task, examples, *rest)
+    bad = (examples.inputs == split.inputs[victim][None]).all((1, 2, 3))
+    return (jnp.where(bad[:, None, None, None], jnp.nan, x_BHWC), options), targets_BS
+
+  monkeypatch.setattr(step_lib.batches, "training", poisoned)
+  with pytest.raises(errors.UserError, match=rf"training diverged at step {batch + 1}: loss nan"):
+    train.train_and_evaluate(config, tmp_path / "ends")
+  config.optim.skip_limit = 1
+  result = train.train_and_evaluate(config, tmp_path / "skips")
+  skipped = {e["step"]: e["train/skipped"] for e in metrics.read(tmp_path / "skips") if "train/skipped" in e}
+  assert result["steps"] == 20 and [step for step, count in skipped.items() if count] == [batch + 1]
+  assert np.isfinite(result["test_loss"])
+
+
 def modules():
   for folder in ("lra_jax", "kernels", "configs"):
     for path in sorted((ROOT / folder).rglob("*.py")):

@@ -5,6 +5,7 @@
 # make kernels the GPU kernels compiled for an H200 without one, in an environment of its own, each where it is tightest;
 #              SHAPES=all: at every shape; JAX=0.11.2: gradients in bfloat16, with that JAX
 # make soak    three minutes of training under kill -9, beside a run that nobody kills
+# make audit   known weaknesses of the installed packages, by pip-audit; needs the network
 # make lint    ruff, as CI runs it
 
 # Any of these that is 3.12 or newer; PYTHON=... overrides.
@@ -15,7 +16,7 @@ KERNELS := .venv-kernels$(addprefix -,$(JAX))
 # The other tests of these files need no GPU's compiler, and make test has them.
 SELECTED = $(if $(SHAPES),-m '') -k '$(if $(JAX),bfloat16 and grad,forward or grad) or training_step'
 
-.PHONY: setup train test parity kernels soak lint clean
+.PHONY: setup train test parity kernels soak audit lint clean
 
 train: setup
 	$(RUN) -m lra_jax.main --config configs/sequencer2d.py:digits --workdir runs/digits
@@ -33,6 +34,10 @@ kernels: $(KERNELS)/ready
 
 soak: setup
 	$(RUN) tests/soak.py --minutes 3 --kills 3
+
+audit: setup
+	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit
+	$(RUN) -m pip_audit --skip-editable
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@
   python -m lra_jax.main --config configs/resnet.py                                CIFAR-10; about 95 % is published
   python -m lra_jax.main --config configs/resnet.py:imagenet2012                   also :imagenette, :folder:PATH …
   python -m lra_jax.main --config configs/resnet.py:imagenette,recipe=patches      narrowed to 1.1 M, 30 epochs
+  python -m lra_jax.main --config configs/resnet.py:pathfinder_image               Pathfinder's pictures as pictures
 
 Recipe of kuangliu/pytorch-cifar: SGD 0.1 with momentum 0.9, decay 5e-4, cosine over 200 epochs, batch 128, crops
 padded by 4, flip. Decay spares biases and norms here; there it does not. Large pictures get
@@ -13,12 +14,13 @@ padded by 4, flip. Decay spares biases and norms here; there it does not. Large 
 from configs import common
 
 VARIANTS = {"18_cifar": "resnet18_cifar", "18": "resnet18", "digits": "resnet_digits"}
+TASKS = (*common.IMAGE_TASKS, "pathfinder_image")
 PRESETS = {key: {"variant": "18"} for key in common.LARGE_IMAGE_TASKS if key != "tiny_imagenet"}
 
 
 def get_config(argument: str | None = None):
   c, task, recipe = common.start(
-    argument, common.IMAGE_TASKS, VARIANTS, digits="digits", per_task=PRESETS, recipes=("patches",), depths=tuple,
+    argument, TASKS, VARIANTS, digits="digits", per_task=PRESETS, recipes=("patches",), depths=tuple,
     widths=tuple, drop_path=float,
   )  # fmt: skip
   c.model.implementation = common.optional(str)  # of the convolutions; None for the best that can serve
@@ -30,8 +32,9 @@ def get_config(argument: str | None = None):
   elif not task.startswith("digits"):
     c.train.batch_size = 128
     c.train.epochs = 200.0
-    c.augment.crop_pad = 4
+    c.augment.crop_pad = 0 if task == "pathfinder_image" else 4  # a dot that is cut off would change the class
     c.augment.flip = common.flips(task)
+    c.augment.flip_vertical = task == "pathfinder_image"
     c.optim.name = "sgd"
     c.optim.learning_rate = 0.1
     c.optim.weight_decay = 5e-4

@@ -265,7 +265,7 @@ def _say_and_end(line):
 
 @contextlib.contextmanager
 def ending_with_others() -> Iterator[None]:
-  """An error of JAX in it waits for the runtime to say which process was lost, and ends with one line.
+  """An error in it, but for a `UserError`, waits until it is known which process was lost, and ends with one line.
 
   What is exchanged fails at once when a process dies, before its silence has been noticed.
   """
@@ -273,10 +273,14 @@ def ending_with_others() -> Iterator[None]:
 
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
+  except errors.UserError:
+    raise
+  except Exception as error:  # JAX's, or what Orbax makes of it
     if jax.process_count() == 1:
       raise
-    time.sleep(SILENCE_SECONDS + 5)  # the pulse ends the process meanwhile
+    time.sleep(SILENCE_SECONDS + 5)  # the pulse ends the process meanwhile, where another was lost
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+      raise
     _say_and_end(f"what the processes exchange failed ({errors.first_line(error)}); process {jax.process_index()} ends")
 
 

@@ -166,6 +166,12 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
     hit[phase := phase_of(workdir, said[0], eval_every)] += 1
     killed = f"kill {hit.total()} of process {victim}"
     print(f"{killed}, {phase}", flush=True)
+    if phase == "loading":  # they may not have met yet: then it is for the launcher to end the others
+      wait(running, END_SECONDS, workdir)
+      for process in running:
+        process.kill()
+        process.wait()
+      continue
     if not wait(running, END_SECONDS, workdir):
       wrong.append(f"{killed}: the others did not end within {END_SECONDS} s")
       for process in running:
@@ -175,7 +181,8 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
         continue
       lines = [line for line in log_of(workdir, i)[said[i] :].splitlines() if line.startswith("error: ")]
       if process.wait() != 1 or len(lines) != 1 or f"process {victim} of {processes} is lost" not in lines[0]:
-        wrong.append(f"{killed}: process {i} ended with {process.returncode} and {lines}")
+        last = log_of(workdir, i)[said[i] :].splitlines()[-3:]
+        wrong.append(f"{killed}: process {i} ended with {process.returncode} and {lines}; {last}")
   seconds_killed = time.monotonic() - began
 
   began, samples, whole = time.monotonic(), [], folder / "whole"

@@ -126,7 +126,7 @@ def to_json(config: ml_collections.ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
+def from_json(text: str | bytes) -> ml_collections.ConfigDict:
   """The inverse of `to_json`; tuples come back as lists."""
   return ml_collections.ConfigDict(json.loads(text)).lock()
 

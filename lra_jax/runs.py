@@ -128,22 +128,21 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   path = workdir / "config.json"
   if not path.is_file():
     raise errors.UserError(f"--workdir {workdir} holds no run (no config.json); give the folder of a training run")
-  found = _read_json(path)
-  groups = [found.get(name) if isinstance(found, dict) else None for name in ("model", "task")]
-  if not all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups):
-    raise errors.UserError(f"{path} is not the config of a run, which names a model and a task; put the run's own back")
-  try:
-    return config_lib.from_json(json.dumps(found))
-  except (ValueError, TypeError, KeyError) as error:  # of ml_collections, such as a name with a dot
-    raise errors.UserError(f"{path} is damaged ({errors.first_line(error)}); put the run's own back") from error
+  config = _read_json(path, config_lib.from_json)
+  for group in (config.get("model"), config.get("task")):
+    if not isinstance(group, ml_collections.ConfigDict) or not isinstance(group.get("name"), str):
+      raise errors.UserError(
+        f"{path} is not the config of a run, which names a model and a task; put the run's own back"
+      )
+  return config
 
 
-def _read_json(path):
+def _read_json(path, parse=json.loads):
   try:
-    return json.loads(path.read_bytes())
+    return parse(path.read_bytes())
   except OSError as error:
     raise errors.UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-  except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # no JSON, UTF-8 or fields
     raise errors.UserError(f"{path} is damaged ({errors.first_line(error)}); put the run's own back") from error
 
 

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -30,3 +32,29 @@ def options(**keywords) -> dict:
   inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}  # conftest's
   env = inherited | {"PYTHONPATH": str(ROOT), "JAX_NUMPY_RANK_PROMOTION": "raise"} | keywords.pop("env", {})
   return {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env} | keywords
+
+
+def places(count: int) -> list[dict[str, str]]:
+  """The variables by which the processes of a run meet at a port that is free; none for a single process."""
+  if count == 1:
+    return [{}]
+  with socket.socket() as free:
+    free.bind(("", 0))
+    port = free.getsockname()[1]
+  meet = {"LRA_JAX_PROCESSES": str(count), "LRA_JAX_COORDINATOR": f"127.0.0.1:{port}"}
+  return [meet | {"LRA_JAX_PROCESS": str(i)} for i in range(count)]
+
+
+def steps_written(workdir: pathlib.Path) -> int:
+  """Training steps in the metrics of a run."""
+  path = workdir / "metrics.jsonl"
+  return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def wait_for_steps(workdir: pathlib.Path, count: int, running: list[subprocess.Popen], seconds: float = 300) -> None:
+  """Returns when so many steps are in the metrics; the processes must not end before."""
+  deadline = time.monotonic() + seconds
+  while steps_written(workdir) < count:
+    ended = [process.communicate() for process in running if process.poll() is not None]
+    assert not ended and time.monotonic() < deadline, ended
+    time.sleep(0.002)

@@ -14,14 +14,13 @@ import os
 import pathlib
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
-from commands import options
+from commands import options, places
 from test_scaling import RUN
 
 from lra_jax.processes import SILENCE_SECONDS
@@ -38,17 +37,13 @@ PHASES = ("loading", "compiling", "training", "evaluation", "checkpoint")
 
 def start(workdir: pathlib.Path, processes: int, steps: int, every: float) -> list[subprocess.Popen]:
   """Starts the processes of a run; what they print is appended to <workdir>.<process>.log."""
-  with socket.socket() as free:
-    free.bind(("", 0))
-    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
   settings = {"train.steps": steps, "checkpoint.every_seconds": every, "eval.every_epochs": 2.0}
   command = [sys.executable, "-m", "lra_jax.main", *RUN, "--workdir", str(workdir)]
   command += [f"--config.{name}={value}" for name, value in settings.items()]
   running = []
-  for i in range(processes):
-    place = {"LRA_JAX_PROCESSES": str(processes), "LRA_JAX_PROCESS": str(i), "LRA_JAX_COORDINATOR": coordinator}
+  for i, place in enumerate(places(processes)):
     with open(f"{workdir}.{i}.log", "a") as log:
-      keywords = options(env={"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | (place if processes > 1 else {}))
+      keywords = options(env={"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | place)
       running.append(subprocess.Popen(command, **keywords | {"stdout": log, "stderr": subprocess.STDOUT}))
   return running
 

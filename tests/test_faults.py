@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
-from commands import ROOT, options
+from commands import ROOT, options, places, wait_for_steps
 from data.machine import file_limit
 from flax import nnx
 from test_scaling import SAVING, finish, result_of, start
@@ -50,18 +49,6 @@ def state_of(step):
 
 def same(a, b):
   return checkpoint.sha256(a) == checkpoint.sha256(b)
-
-
-def wait_for(condition, running, seconds=300):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
-    time.sleep(0.01)
-
-
-def steps_written(workdir):
-  path = workdir / "metrics.jsonl"
-  return path.read_text().count("train/loss") if path.exists() else 0
 
 
 @pytest.fixture
@@ -116,7 +103,7 @@ def test_checkpoint_folder_replaced_by_a_file(checkpoints, tmp_path, capfd):
 def test_a_run_whose_checkpoints_vanish_ends_well_or_with_one_line(tmp_path, replaced):
   workdir = tmp_path / "run"
   process = test_train.start(workdir)
-  wait_for(lambda: steps_written(workdir) >= 4, [process])
+  wait_for_steps(workdir, 4, [process])
   (workdir / "checkpoints").rename(tmp_path / "elsewhere")
   if replaced:
     (workdir / "checkpoints").write_text("in the way")
@@ -250,7 +237,7 @@ def test_two_processes_lose_nothing(tmp_path, monkeypatch):
   for round_, (number, victim) in enumerate([(signal.SIGTERM, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)]):
     running = start(workdir, 2, 1, *short)
     goal = 5 * round_ + draw.randrange(2, 6)
-    wait_for(lambda goal=goal: steps_written(workdir) >= goal, running)
+    wait_for_steps(workdir, goal, running)
     time.sleep(draw.random() / 10)
     running[victim].send_signal(number)
     sent = time.monotonic()
@@ -323,13 +310,7 @@ errors.exit_on_user_error(main)
 
 
 def test_a_host_whose_data_differ():
-  with socket.socket() as free:
-    free.bind(("", 0))
-    place = {"LRA_JAX_PROCESSES": "2", "LRA_JAX_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}"}
-  running = [
-    subprocess.Popen([sys.executable, "-c", OTHER_DATA], **options(env=place | {"LRA_JAX_PROCESS": str(i)}))
-    for i in range(2)
-  ]
+  running = [subprocess.Popen([sys.executable, "-c", OTHER_DATA], **options(env=place)) for place in places(2)]
   (_, first), (_, other) = [process.communicate(timeout=120) for process in running]
   assert [process.returncode for process in running] == [1, 2]
   assert re.fullmatch(
@@ -352,21 +333,16 @@ errors.exit_on_user_error(main)
 
 
 def test_a_port_at_which_an_earlier_start_listens_is_refused():
-  with socket.socket() as free:
-    free.bind(("", 0))
-    port = free.getsockname()[1]
-  place = {"LRA_JAX_PROCESSES": "2", "LRA_JAX_COORDINATOR": f"127.0.0.1:{port}"}
-  command = [sys.executable, "-c", MEETING]
-  running = [subprocess.Popen(command, **options(env=place | {"LRA_JAX_PROCESS": str(i)})) for i in range(2)]
+  command, both = [sys.executable, "-c", MEETING], places(2)
+  running = [subprocess.Popen(command, **options(env=place)) for place in both]
   assert [process.stdout.readline() for process in running] == ["met\n"] * 2
   for process in running:
     process.kill()
     process.communicate()
-  again = subprocess.run(command, **options(env=place | {"LRA_JAX_PROCESS": "0"}), timeout=60)
+  again = subprocess.run(command, **options(env=both[0]), timeout=60)
   assert again.returncode == 2
-  assert re.fullmatch(
-    rf"error: 127\.0\.0\.1:{port}: process 0 cannot listen .*in use.*take another port\n", again.stderr
-  )
+  where = re.escape(both[0]["LRA_JAX_COORDINATOR"])
+  assert re.fullmatch(rf"error: {where}: process 0 cannot listen .*in use.*take another port\n", again.stderr)
 
 
 def test_a_process_that_hangs_shows_its_stacks_and_ends():

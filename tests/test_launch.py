@@ -13,12 +13,12 @@ import time
 
 import pytest
 import yaml
-from commands import ROOT, TINY, options
-from test_scaling import result_of
+from commands import ROOT, TINY, options, places, wait_for_steps
+from test_scaling import SAVING, result_of
 
 from lra_jax import processes
 
-SETTINGS = (*TINY, "--config.train.steps=40", "--config.checkpoint.every_seconds=0.0", "--config.eval.every_epochs=0.5")
+SETTINGS = (*TINY, "--config.train.steps=40", "--config.eval.every_epochs=0.5")
 CONFIG = "configs/sequencer2d.py:digits"
 
 
@@ -27,14 +27,6 @@ def launch(*command, **env):
   script, *arguments = command
   keywords = options(env={"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", **env})
   return subprocess.Popen(["bash", f"launch/{script}", *map(str, arguments)], **keywords, start_new_session=True)
-
-
-def await_steps(process, workdir, count, seconds=120):
-  """Returns when as many steps are in the run's metrics."""
-  deadline, path = time.monotonic() + seconds, workdir / "metrics.jsonl"
-  while not path.exists() or path.read_text().count("train/loss") < count:
-    assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-    time.sleep(0.01)
 
 
 def descendants(pid):
@@ -59,9 +51,9 @@ def kill(process, variable):
 
 def test_local_starts_processes_and_stops_all_when_one_dies(tmp_path):
   workdir = tmp_path / "run"
-  command = ("local.sh", 2, CONFIG, "--workdir", workdir, *SETTINGS)
+  command = ("local.sh", 2, CONFIG, "--workdir", workdir, *SETTINGS, SAVING)
   process = launch(*command)
-  await_steps(process, workdir, 4)
+  wait_for_steps(workdir, 4, [process])
   kill(process, "LRA_JAX_PROCESS=1")
   killed = time.monotonic()
   _, error = process.communicate(timeout=60)
@@ -69,7 +61,7 @@ def test_local_starts_processes_and_stops_all_when_one_dies(tmp_path):
   assert "error: process 1 ended with exit code 137; ending the others\n" in error
 
   process = launch(*command)  # the same command goes on; a signal to the script reaches all
-  await_steps(process, workdir, 10)
+  wait_for_steps(workdir, 10, [process])
   process.terminate()
   printed, error = process.communicate(timeout=60)
   assert process.returncode == 0, error
@@ -183,10 +175,10 @@ def test_slurm_runs_stops_before_the_limit_and_is_put_back(tmp_path):
   tool(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path))}/scontrol.log\n')
   workdir = tmp_path / "run"
   slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", **path_of(tmp_path)}
-  command = ("slurm.sbatch", CONFIG, "--workdir", workdir, *SETTINGS)
+  command = ("slurm.sbatch", CONFIG, "--workdir", workdir, *SETTINGS, SAVING)
 
   process = launch(*command, **slurm)
-  await_steps(process, workdir, 4)
+  wait_for_steps(workdir, 4, [process])
   process.send_signal(signal.SIGUSR1)  # five minutes before the time limit, to the batch shell alone
   printed, error = process.communicate(timeout=60)
   assert process.returncode == 0, error
@@ -194,7 +186,7 @@ def test_slurm_runs_stops_before_the_limit_and_is_put_back(tmp_path):
   assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n" and not (workdir / "result.json").exists()
 
   process = launch(*command, **slurm, SLURM_RESTART_COUNT="1")  # the job put back: the same command
-  await_steps(process, workdir, 12)
+  wait_for_steps(workdir, 12, [process])
   kill(process, "SLURM_PROCID=1")
   process.communicate(timeout=60)
   assert process.returncode == 9  # a failure is not put back by the script
@@ -272,7 +264,7 @@ def test_jobset_starts_processes_that_find_each_other(jobset, tmp_path):
   arguments = [a.replace(":cifar10", ":digits") for a in arguments] + list(SETTINGS)
   for variable in ("TFDS_DATA_DIR", "LRA_JAX_CACHE"):
     assert env.pop(variable).startswith((mounts["runs"], "/tmp"))
-  env["LRA_JAX_COORDINATOR"] = f"127.0.0.1:{port}"  # what the headless service resolves
+  env["LRA_JAX_COORDINATOR"] = places(count)[0]["LRA_JAX_COORDINATOR"]  # for what the headless service resolves
   pods = [
     subprocess.Popen(
       [sys.executable, *entry[1:], *arguments],

@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-from commands import options
+from commands import options, places, wait_for_steps
 
 from lra_jax import errors, processes
 
@@ -25,20 +23,13 @@ SAVING = "--config.checkpoint.every_seconds=0.0"  # at every step; processes wai
 
 def start(workdir, count=1, devices=1, *arguments):
   """Starts the processes of a run; (Popen of each)."""
-  with socket.socket() as free:
-    free.bind(("", 0))
-    port = free.getsockname()[1]
   return [
     subprocess.Popen(
       [sys.executable, "-m", "lra_jax.main", *RUN, "--workdir", str(workdir), *arguments],
-      **options(
-        env={"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-        | ({"LRA_JAX_PROCESSES": str(count), "LRA_JAX_PROCESS": str(i), "LRA_JAX_COORDINATOR": f"127.0.0.1:{port}"}
-           if count > 1 else {})
-      ),
+      **options(env={"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **place}),
     )
-    for i in range(count)
-  ]  # fmt: skip
+    for place in places(count)
+  ]
 
 
 def finish(running, timeout=300):
@@ -88,12 +79,7 @@ def test_a_checkpoint_goes_to_other_devices(alone, tmp_path):
     (25, lambda: start(workdir, 2, 2, SAVING)),
   ):
     running = running()
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and running[0].poll() is None:
-      path = workdir / "metrics.jsonl"
-      if path.exists() and path.read_text().count("train/loss") >= step:
-        break
-      time.sleep(0.01)
+    wait_for_steps(workdir, step, running)
     for process in running:
       process.send_signal(signal.SIGKILL)
       process.communicate()

@@ -6,13 +6,12 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import command, options
+from commands import command, options, wait_for_steps
 from flax import nnx
 
 from configs import sequencer2d
@@ -117,20 +116,11 @@ def start(workdir, *arguments):
   return subprocess.Popen(command("lra_jax.main", "--workdir", workdir, *STEPS, *arguments), **options())
 
 
-def wait_for_step(workdir, step, process):
-  deadline = time.monotonic() + 240
-  while process.poll() is None and time.monotonic() < deadline:
-    path = workdir / "metrics.jsonl"
-    if path.exists() and path.read_text().count("train/loss") >= step:
-      return
-    time.sleep(0.002)
-
-
 @pytest.mark.parametrize("step", [1, 9, 17])
 def test_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(finished, tmp_path, step):
   workdir = tmp_path / "run"
   process = start(workdir)
-  wait_for_step(workdir, step, process)
+  wait_for_steps(workdir, step, [process])
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
   assert process.returncode == -signal.SIGKILL
@@ -146,7 +136,7 @@ def test_sigterm_saves_and_the_same_command_resumes(finished, tmp_path):
   workdir = tmp_path / "run"
   slow = "--config.checkpoint.every_seconds=1000.0"  # so that only the signal saves
   process = start(workdir, slow)
-  wait_for_step(workdir, 5, process)
+  wait_for_steps(workdir, 5, [process])
   process.terminate()
   printed, errors = process.communicate(timeout=240)
   assert process.returncode == 0, errors

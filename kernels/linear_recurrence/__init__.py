@@ -17,8 +17,6 @@ so that nothing but a and the result h is kept for it. Carries are float32 whate
 state in registers and find the states between parts of a chunk of time in shared memory. Backward is the same kernel.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -32,15 +30,9 @@ def _mosaic(*arguments):
   return mosaic.recurrence(*arguments)
 
 
-def _sequential(x_re_BTN, x_im_BTN, a_re, a_im, reverse):
-  varying = a_re.shape[0] > 1 or a_re.shape[1] > 1
-  run = functools.partial(xla.sequential, reverse=reverse)
-  return dispatch.per_device(run, (True, True, varying, varying))(x_re_BTN, x_im_BTN, a_re, a_im)
-
-
 IMPLEMENTATIONS = {
   "reference": reference.recurrence,
-  "sequential": _sequential,
+  "sequential": xla.sequential,
   "associative": xla.associative,
   "mosaic": _mosaic,
 }
@@ -80,9 +72,11 @@ def linear_recurrence(
 
   default = "sequential" if dispatch.platform() == "cpu" else "associative"
   run = dispatch.choose("linear_recurrence", IMPLEMENTATIONS, implementation, default, refuse)
+  varying = a_re.ndim == 3
   # (1, 1, N) and (B, T, N) are read alike.
   a_re, a_im = (a.astype(jnp.float32).reshape((1,) * (3 - a.ndim) + a.shape) for a in (a_re, a_im))
-  return run(x_re_BTN, x_im_BTN, a_re, a_im, bool(reverse))
+  per_device = dispatch.per_device(lambda *arrays: run(*arrays, bool(reverse)), (True, True, varying, varying))
+  return per_device(x_re_BTN, x_im_BTN, a_re, a_im)
 
 
 def _check(x_re_BTN, x_im_BTN, a_re, a_im):

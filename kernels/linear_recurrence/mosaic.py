@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import dispatch, mosaic
+from kernels import mosaic
 
 _QUARTERS = 4  # of a chunk, one for each warp of a warpgroup
 _LANES = 32  # of a warp
@@ -51,9 +51,7 @@ def recurrence(
 
   N that is no multiple of 16 bytes is padded, which copies x and the result. |a| may be up to 2.5.
   """
-  varying = not _constant(a_re)
-  per_device = dispatch.per_device(functools.partial(_recurrence, reverse), (True, True, varying, varying))
-  return per_device(x_re_BTN, x_im_BTN, a_re, a_im)
+  return _recurrence(reverse, x_re_BTN, x_im_BTN, a_re, a_im)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

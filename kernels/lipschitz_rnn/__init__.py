@@ -13,8 +13,6 @@ for Euler's, two for the midpoint's, four for Kutta's) and two more with a gate,
 The batch comes first, as it does in models; no form has to transpose.
 """
 
-import functools
-
 import jax
 
 from kernels import dispatch
@@ -29,12 +27,7 @@ def _mosaic(*arguments):
   return mosaic.recurrence(*arguments)
 
 
-def _xla(z_BTD, gate_BTD, a_DD, w_DD, settings):
-  run = functools.partial(xla.recurrence, settings=settings)
-  return dispatch.per_device(run, (True, True, False, False))(z_BTD, gate_BTD, a_DD, w_DD)
-
-
-IMPLEMENTATIONS = {"reference": reference.recurrence, "xla": _xla, "mosaic": _mosaic}
+IMPLEMENTATIONS = {"reference": reference.recurrence, "xla": xla.recurrence, "mosaic": _mosaic}
 
 
 def lipschitz_rnn(
@@ -89,4 +82,6 @@ def lipschitz_rnn(
     return mosaic.refuse(z_BTD)
 
   run = dispatch.choose("lipschitz_rnn", IMPLEMENTATIONS, implementation, "xla", refuse)
-  return run(z_BTD, gate_BTD, a_DD, w_DD, rule.Settings(float(epsilon), method, last, unroll))
+  settings = rule.Settings(float(epsilon), method, last, unroll)
+  per_device = dispatch.per_device(lambda *arrays: run(*arrays, settings), (True, True, False, False))
+  return per_device(z_BTD, gate_BTD, a_DD, w_DD)

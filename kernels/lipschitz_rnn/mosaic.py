@@ -50,19 +50,13 @@ def recurrence(
   z_BTD: jax.Array, gate_BTD: jax.Array | None, a_DD: jax.Array, w_DD: jax.Array, settings: rule.Settings
 ) -> jax.Array:
   """Arguments and result as of `xla.recurrence` (`settings.unroll` has no effect); refuses nothing by itself."""
-  width = z_BTD.shape[-1]
-  inputs = [x for x in (z_BTD, gate_BTD) if x is not None]
-
-  def run(*arrays):
-    # Hidden units and examples that are not there have no input, so they stay 0, and so do their gradients.
-    units = mosaic.round_up(width, mosaic.WARPGROUP_ROWS)
-    examples = mosaic.round_up(len(arrays[0]), BATCH_TILES[0])
-    *padded, a, w = (mosaic.pad_axis(x, x.ndim - 1, units) for x in arrays)
-    z, *gate = (mosaic.pad_axis(x, 0, examples) for x in padded)
-    a, w = (mosaic.pad_axis(x, 0, units) for x in (a, w))
-    return _recurrence(z, gate[0] if gate else None, a, w, settings)[: len(arrays[0]), ..., :width]
-
-  return dispatch.per_device(run, [True] * len(inputs) + [False] * 2)(*inputs, a_DD, w_DD)
+  batch, _, width = z_BTD.shape
+  # Hidden units and examples that are not there have no input, so they stay 0, and so do their gradients.
+  units, examples = mosaic.round_up(width, mosaic.WARPGROUP_ROWS), mosaic.round_up(batch, BATCH_TILES[0])
+  pad = lambda x: mosaic.pad_axis(x, x.ndim - 1, units)
+  z, gate = (None if x is None else mosaic.pad_axis(pad(x), 0, examples) for x in (z_BTD, gate_BTD))
+  a, w = (mosaic.pad_axis(pad(x), 0, units) for x in (a_DD, w_DD))
+  return _recurrence(z, gate, a, w, settings)[:batch, ..., :width]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ takes up to 256 hidden units. From 145 on in bfloat16, and from 97 on in float32
 at every step. "cudnn" is cuDNN's LSTM, in float32, for GPUs of other generations and to compare with.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -27,20 +26,19 @@ from kernels.lstm import reference, xla
 def _projected(recurrence: Callable) -> Callable:
   """A layer of a recurrence that takes pre-activations: their part that is not recurrent is one product for all."""
 
+  def run(z_BHWF, w_hh_GKF, directions, unroll):
+    one = lambda z_BHWF, w_hh_GKF: recurrence(z_BHWF, w_hh_GKF, directions, unroll)
+    return dispatch.per_device(one, (True, False))(z_BHWF, w_hh_GKF)
+
   def layers(x_BHWC, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, launches, unroll):
     z_BHWF = _project(x_BHWC, w_ih_CGF, b_ih_GF, b_hh_GF)
     w_hh_GKF = w_hh_GKF.astype(x_BHWC.dtype)
     if len(launches) == 1:
-      return recurrence(z_BHWF, w_hh_GKF, launches[0], unroll)
+      return run(z_BHWF, w_hh_GKF, launches[0], unroll)
     parts = zip(jnp.split(z_BHWF, len(launches), -1), jnp.split(w_hh_GKF, len(launches)), launches, strict=True)
-    return jnp.concatenate([recurrence(z, w_hh, directions, unroll) for z, w_hh, directions in parts], axis=-1)
+    return jnp.concatenate([run(z, w_hh, directions, unroll) for z, w_hh, directions in parts], axis=-1)
 
   return layers
-
-
-def _xla(z_BHWF, w_hh_GKF, directions, unroll):
-  run = functools.partial(xla.recurrence, directions=directions, unroll=unroll)
-  return dispatch.per_device(run, (True, False))(z_BHWF, w_hh_GKF)
 
 
 def _mosaic(z_BHWF, w_hh_GKF, directions, unroll):
@@ -57,7 +55,7 @@ def _cudnn(*arguments):
 
 IMPLEMENTATIONS = {
   "reference": _projected(reference.recurrence),
-  "xla": _projected(_xla),
+  "xla": _projected(xla.recurrence),
   "mosaic": _projected(_mosaic),
   "cudnn": _cudnn,
 }

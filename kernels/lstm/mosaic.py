@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import dispatch, mosaic
+from kernels import mosaic
 
 _GATES = 4
 _FEATURES = mosaic.WARPGROUP_ROWS  # hidden units of one warpgroup
@@ -598,7 +598,7 @@ def recurrence(
   del unroll
   if (refusal := refuse(z_BHWF.dtype, z_BHWF.shape, w_hh_GKF.shape[1])) is not None:
     raise ValueError(f"lstm: implementation='mosaic' cannot serve: {refusal}")
-  return dispatch.per_device(functools.partial(_recurrence, directions=directions), (True, False))(z_BHWF, w_hh_GKF)
+  return _recurrence(z_BHWF, w_hh_GKF, directions)
 
 
 def refuse(dtype, shape: tuple[int, ...], hidden: int) -> str | None:

@@ -354,6 +354,7 @@ def base(model: str, task: str) -> ConfigDict:
 
   c.task.length = 0  # tokens of one text, the rest is cut off; of text (4096) and retrieval (4000); 0 for these
   c.task.image_size = 0  # pixels of each side that stored images are brought to; 0 for the task's own
+  c.task.contour_length = 0  # dashes of Pathfinder's curves: 6 (easy), 9, or 14 (hard), the benchmark's, as 0 is
   c.task.max_corrupt = 0  # pictures that may be left out because they cannot be read; each is named
   c.task.input = ""  # "resident" in device memory, "stream" from disk; "" for the first where the data fit
   c.task.memory_share = 0.4  # of a device's memory that data may take

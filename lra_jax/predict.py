@@ -1,6 +1,7 @@
 """Classifies files: `python -m lra_jax.predict --workdir W image.png ...`; prints the top classes of each.
 
-A picture of another size is resized to the task's by Pillow's bicubic filter; colours become grey where the task is.
+Pictures are read as folders of them are: of another size, the largest centred square is resized to the task's size;
+colours become grey where the task is.
 Of a task of texts the files are texts (of listops, expressions), of a task of pairs each two that follow each other;
 bytes after the task's length are not read, as in training.
 """
@@ -11,32 +12,11 @@ import numpy as np
 from absl import flags
 
 from lra_jax import errors
-from lra_jax.data import tasks
+from lra_jax.data import pictures, tasks
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_string("step", "best", "Checkpoint: best (by validation), newest, or a step.")
 _TOP = flags.DEFINE_integer("top", 5, "How many classes to print.", lower_bound=1)
-
-
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-  """Reads any picture that Pillow knows as uint8 of shape (H, W, C); transparency is laid on black.
-
-  Raises:
-    UserError: there is no such file, or it is no picture.
-  """
-  from PIL import Image
-
-  height, width, channels = shape
-  try:
-    with Image.open(path) as image:
-      image = image.convert("RGBA")
-      image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-      image = image.convert("L" if channels == 1 else "RGB")
-      if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-      return np.asarray(image, np.uint8).reshape(shape)
-  except (OSError, ValueError, Image.DecompressionBombError) as error:
-    raise errors.UserError(f"{path}: cannot be read as a picture ({error}); give PNG, JPEG or WebP files") from error
 
 
 def read_texts(paths: list[str], task: tasks.Task) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +54,9 @@ def main() -> None:
   if task.image_shape is None:
     inputs, lengths = read_texts(paths, task)
   else:
-    inputs, lengths = np.stack([read_image(path, task.image_shape) for path in paths]), None
+    size, _, channels = task.image_shape
+    images = [pictures.resize_and_crop(pictures.read(path, channels), size) for path in paths]
+    inputs, lengths = np.stack(images), None
   examples = resident.Resident(inputs, np.zeros(len(inputs), np.int32), lengths)
   x, options = batches.evaluation(trained.config, task, examples)
   probabilities = np.asarray(jax.nn.softmax(trained.model(x, **options)))

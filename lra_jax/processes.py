@@ -336,13 +336,12 @@ def check_same(what: str, digest: str) -> None:
 
 
 def digest_of(arrays: Any) -> str:
-  """SHA-256 over the bytes of NumPy arrays, None among them skipped."""
+  """SHA-256 over the bytes of NumPy arrays."""
   digest = hashlib.sha256()
   for array in arrays:
-    if array is not None:
-      digest.update(f"{array.dtype} {array.shape}".encode())
-      for start in range(0, len(array), 4096):  # parts of what may be mapped from a file
-        digest.update(array[start : start + 4096].tobytes())
+    digest.update(f"{array.dtype} {array.shape}".encode())
+    for start in range(0, len(array), 4096):  # parts of what may be mapped from a file
+      digest.update(array[start : start + 4096].tobytes())
   return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ QUIRKS = {
   "shuffled_vocabulary": "token ids in an order drawn by the seed, as by the hash seed of a Python process",
 }
 # Fields of `config.task` that only some tasks have, and what their sources call them.
-_OPTIONS = {"length": "max_length", "image_size": "size", "max_corrupt": "max_corrupt"}
+_OPTIONS = {name: name for name in ("max_corrupt", "contour_length")} | {"length": "max_length", "image_size": "size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Task:
     token_shape: (L,) of one text, (2, L) of a pair; None for images.
     vocab_size: number of different tokens, padding included; None where the inputs are real numbers.
     names: where classes depend on the data: their names, of the data folder; it replaces `class_names`.
-    options: fields of `config.task` that this task has: of "length", "image_size", "max_corrupt".
+    options: fields of `config.task` that this task has: of "length", "image_size", "max_corrupt", "contour_length".
     allows: which of `QUIRKS` it has.
     quirks: which of them are wanted.
     encode: (texts, L) to tokens (N, L) and lengths (N,); of texts alone. Raises ValueError where one is no such text.
@@ -123,7 +123,9 @@ _TOKENS = dict(view="tokens", mean=(0.0,), std=(1 / 255,), vocab_size=256, allow
 # The Image task of the Long Range Arena (Tay et al. 2021): grey CIFAR-10, the last 5,000 training images for
 # validation; and two that it draws. "_real": the same as one real channel, as S4, S5 and LRU read them.
 _LRA_IMAGE = _CIFAR10 | dict(image_shape=(32, 32, 1), load=sources.cifar10_grey, validation="last", options=())
-_PATHFINDER = dict(image_shape=(32, 32, 1), class_names=pathfinder.CLASS_NAMES, options=("max_corrupt",))
+_PATHFINDER = dict(
+  image_shape=(32, 32, 1), class_names=pathfinder.CLASS_NAMES, options=("max_corrupt", "contour_length")
+)
 _PATH_X = _PATHFINDER | dict(image_shape=(128, 128, 1), load=functools.partial(pathfinder.load, size=128))
 _PATHFINDER |= dict(load=functools.partial(pathfinder.load, size=32))
 _HALF = dict(mean=(0.5,), std=(0.5,))  # what S4 and S5 normalise these with

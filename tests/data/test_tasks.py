@@ -55,6 +55,7 @@ def test_options_change_shapes():
     (dict(name="listops", length=500), "config.task.length=500: task listops has no such choice"),
     (dict(name="text", length=-1), "config.task.length=-1: expected a number above 0"),
     (dict(name="digits", image_size=16), "config.task.image_size=16: task digits has no such choice"),
+    (dict(name="digits", contour_length=6), "config.task.contour_length=6: task digits has no such choice"),
     (dict(name="lra_image", quirks=("mask_zero",)), "did you mean 'mask_zeros'"),
     (dict(name="text", quirks=("mask_zeros",)), "task text has drop_remainder, test_for_validation only"),
     (dict(name="path_y"), "did you mean 'path_x'"),
@@ -65,6 +66,13 @@ def test_options_that_a_task_lacks_are_refused(options, expected):
   with pytest.raises(errors.UserError) as refusal:
     tasks.of(settings(**options))
   assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["pathfinder", "pathfinder_real", "pathfinder_image", "path_x", "path_x_real"])
+def test_the_difficulty_of_pathfinder_reaches_its_source(name):
+  task = tasks.of(settings(name, contour_length=10))
+  with pytest.raises(errors.UserError, match=r"contour_length 10; expected .* 6 \(easy\), 9 or 14 \(hard\)$"):
+    tasks.load(task)
 
 
 def test_a_label_that_is_no_class_is_named():

@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 
 from lra_jax import errors, processes
 
+_PROBE = 2**12  # bytes written to see whether there is room
+
 
 class Restored(NamedTuple):
   """Step of a checkpoint, its state, and what the host keeps beside it."""
@@ -48,10 +50,15 @@ class Checkpoints:
       self._folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise errors.UserError(f"{self._folder} cannot be made ({error.strerror}); take another --workdir") from error
-    self._policy, self._saving = _NewestAndBest(keep), None
+    self._policy, self._saving, self._attempt = _NewestAndBest(keep), None, ""
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._policy,
+      cleanup_tmp_directories=True,
+      async_options=ocp.AsyncOptions(barrier_sync_fn=self._meet) if jax.process_count() > 1 else None,
+    )
     self._manager = ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(preservation_policy=self._policy, cleanup_tmp_directories=True),
+      options=options,
       item_handlers={"state": ocp.StandardCheckpointHandler(), "host": ocp.JsonCheckpointHandler()},
     )
 
@@ -64,17 +71,18 @@ class Checkpoints:
       host: JSON-compatible values; its "best_step" names the checkpoint to be kept beside the newest.
 
     Returns:
-      What was wrong, with this one or in the background with the one before, in one line that names the step; None
-      where nothing was.
+      What was wrong, with this one or in the background with the one before, in one line that names the step and, of
+      several, the process; None where nothing was.
     """
     self._policy.best = host["best_step"]
     before = self.wait()
-    problem = processes.on_main(self._problem)  # Orbax's threads wait for minutes for a folder that cannot be made
+    # Orbax's threads, and other processes, would wait for minutes for what cannot be written.
+    problem = processes.first_problem(self._problem(state))
     if problem:
       return _join(before, f"no checkpoint at step {step}: {problem}")
     if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
       self._manager.reload()
-    self._saving = step
+    self._saving, self._attempt = step, processes.unique("checkpoint")
     host = host | {"checksum": _seal(state, host)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
     try:
@@ -83,20 +91,38 @@ class Checkpoints:
       return _join(before, self._failed(error))
     return before
 
-  def _problem(self) -> str | None:
-    """Why the folder cannot be written, where that is so; makes it where it is gone."""
+  def _problem(self, state: Any) -> str | None:
+    """Why this process cannot write its part of a state, where that is so; makes the folder where it is gone."""
+    probe = self._folder / f".writable-{jax.process_index()}"
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
-      probe = self._folder / ".writable"
-      probe.touch()
-      probe.unlink()
+      try:
+        with open(probe, "wb") as file:
+          file.write(bytes(_PROBE))
+          file.flush()
+          os.fsync(file.fileno())
+      finally:
+        probe.unlink(missing_ok=True)
+      disk = os.statvfs(self._folder)
     except OSError as error:
       return f"{error.strerror}: {self._folder}"
+    needed, free = _PROBE + _bytes_here(state), disk.f_bavail * disk.f_frsize
+    if free < needed:
+      return f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free: {self._folder}"
     return None
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier for what it does in the background; its own waits 20 minutes for one whose writes have failed."""
+    error = sys.exception()
+    if error is None:
+      processes.meet(self._attempt, key, timeout_ms / 1000)
+    else:  # Orbax comes by after a failure as well, in a finally clause
+      processes.give_up(self._attempt, _reason(error))
 
   def _failed(self, error: Exception) -> str:
     """The line of a checkpoint that could not be written; what there is of it is removed, as the disk may be full."""
     step, self._saving = self._saving, None
+    processes.give_up(self._attempt, _reason(error))
     if processes.is_main():
       for part in self._folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(part, ignore_errors=True)
@@ -202,7 +228,11 @@ def _join(*lines: str | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """The system's own words where TensorStore hides them at the end of a long line."""
+  """The system's own words, also where TensorStore hides them at the end of a long line."""
+  if isinstance(error, processes.GivenUp):
+    return str(error)
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   code = re.search(r"os_error_code='(\d+)'", str(error))
   return os.strerror(int(code[1])) if code else errors.first_line(error)
 
@@ -212,6 +242,12 @@ def _abstract(leaf):
   if sharding is None:
     return np.empty(leaf.shape, leaf.dtype)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _bytes_here(state):
+  """Of the parts of a state that this process writes."""
+  shards = [shard for leaf in jax.tree.leaves(state) for shard in jnp.asarray(leaf).addressable_shards]
+  return sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
 
 
 def _seal(state, host):

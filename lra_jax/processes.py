@@ -4,6 +4,7 @@ Each process runs the same program on its own devices; JAX's distributed runtime
 carries what they exchange. launch/ starts them.
 """
 
+import collections
 import contextlib
 import faulthandler
 import hashlib
@@ -292,6 +293,7 @@ def is_main() -> bool:
 
 
 _names = itertools.count()
+_visits = collections.Counter()  # of the places of `meet`
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -305,7 +307,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     return function()
   from jax._src import distributed
 
-  key, client = f"lra_jax/on_main/{next(_names)}", distributed.global_state.client
+  key, client = unique("on_main"), distributed.global_state.client
   if is_main():
     try:
       answer = {"result": function()}
@@ -317,6 +319,82 @@ def on_main(function: Callable[[], Any]) -> Any:
   if "error" in answer:
     raise errors.UserError(answer["error"])
   return answer["result"]
+
+
+def first_problem(problem: str | None) -> str | None:
+  """Of what is wrong in the processes, the first; of several with the process and its host. All must call it."""
+  import jax
+
+  if jax.process_count() == 1:
+    return problem
+  from jax._src import distributed
+
+  key, client = unique("problem"), distributed.global_state.client
+  mine = f"process {jax.process_index()} on {socket.gethostname()}: {problem}" if problem else ""
+  client.key_value_set(f"{key}/{jax.process_index()}", mine)
+  texts = (client.blocking_key_value_get(f"{key}/{i}", 24 * 3600 * 1000) for i in range(jax.process_count()))
+  return on_main(lambda: next(filter(None, texts), None))
+
+
+def unique(name: str) -> str:
+  """A name that is new; the same in all processes where these call it in the same order."""
+  return f"lra_jax/{name}/{next(_names)}"
+
+
+class GivenUp(Exception):
+  """What several processes do together cannot succeed."""
+
+
+def meet(undertaking: str, place: str, seconds: float) -> None:
+  """Waits, in any thread, until all processes have come here as often, or one has given the undertaking up.
+
+  Args:
+    undertaking: its name, of `unique`.
+    place: where in it; no two threads wait at the same one.
+    seconds: to wait.
+
+  Raises:
+    GivenUp: one gave it up; the text says which, and why. Or the time is over.
+  """
+  import jax
+  from jax._src import distributed
+
+  client, deadline = distributed.global_state.client, time.monotonic() + seconds
+  here = f"{undertaking}/at/{place}"
+  _visits[here] += 1
+  here = f"{here}/{_visits[here]}"
+  client.key_value_increment(here, 1)
+  for turn in itertools.count():
+    if int(client.key_value_try_get(here)) == jax.process_count():
+      return
+    given_up = _try_get(client, f"{undertaking}/given up")
+    if given_up:
+      raise GivenUp(given_up)
+    if time.monotonic() > deadline:
+      raise GivenUp(f"the others did not come to {place} within {seconds:.0f} s")
+    time.sleep(min(0.01 * 1.1**turn, 1))
+
+
+def give_up(undertaking: str, reason: str) -> None:
+  """Tells those who wait in `meet`, where there are others."""
+  import jax
+  from jax._src import distributed
+
+  if jax.process_count() > 1:
+    key, client = f"{undertaking}/given up", distributed.global_state.client
+    if not _try_get(client, key):
+      client.key_value_set(
+        key, f"process {jax.process_index()} on {socket.gethostname()}: {reason}", allow_overwrite=True
+      )
+
+
+def _try_get(client, key):
+  try:
+    return client.key_value_try_get(key)
+  except Exception as error:  # JAX's own type
+    if "NOT_FOUND" not in str(error):
+      raise
+    return ""
 
 
 def check_same(what: str, digest: str) -> None:

@@ -1,6 +1,7 @@
 """Settings of all tests, and fixtures that run the real commands."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
@@ -27,6 +28,13 @@ import pytest
 from commands import command, options
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def swept():
+  """Of what fails, Orbax and TensorStore leave coroutines behind; these are found here, not in tests of another file."""
+  yield
+  gc.collect()
 
 
 @pytest.fixture

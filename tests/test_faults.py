@@ -4,10 +4,10 @@ docs/reliability.md has the list.
 """
 
 import ast
-import gc
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,17 +29,12 @@ from lra_jax import checkpoint, errors, metrics, runs, train
 from lra_jax import step as step_lib
 from lra_jax.data import resident, tasks
 
-# Of what fails, Orbax and TensorStore leave coroutines and futures behind that nobody asks for their errors.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.usefixtures("swept"),
+]
 
 HOST = {"best_step": 1, "best_accuracy": 0.25, "seconds": 1.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def swept():
-  """Such leftovers are found here, not in tests of another file."""
-  yield
-  gc.collect()
 
 
 def state_of(step):
@@ -77,6 +72,14 @@ def test_disk_full_is_said_by_the_next_save(checkpoints):
     assert checkpoints.save(3, state_of(3), HOST) == "no checkpoint at step 2: File too large"
     assert checkpoints.wait() == "no checkpoint at step 3: File too large"
   assert checkpoints.wait() is None and checkpoints.steps() == [1]
+
+
+def test_a_disk_with_too_little_room_is_not_tried(checkpoints, monkeypatch):
+  real = os.statvfs(".")
+  monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real[:4], 1, *real[5:])))
+  free = real.f_frsize / 2**20
+  line = rf"no checkpoint at step 2: 0 MiB needed, {free:,.0f} MiB free: /\S+/checkpoints"
+  assert re.fullmatch(line, checkpoints.save(2, state_of(2), HOST)) and checkpoints.wait() is None
 
 
 def test_checkpoint_folder_removed(checkpoints, tmp_path):
@@ -269,6 +272,39 @@ def test_two_processes_lose_nothing(tmp_path, monkeypatch):
   finish(start(workdir, 2, 1, *short))
   assert result_of(workdir)["params_sha256"] == result_of(tmp_path / "whole")["params_sha256"]
   assert metrics.read(workdir) == metrics.read(tmp_path / "whole")  # no step twice, none missing
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone can limit another process")
+@pytest.mark.parametrize(("victim", "room"), [(0, 0), (1, 0), (1, 2 * checkpoint._PROBE)])
+def test_disk_full_on_one_host_alone(tmp_path, victim, room):
+  """Each process writes its half of the parameters; one may not write for a while, then there is room again.
+
+  With some room it is writing in the background that fails.
+  """
+  workdir = tmp_path / "run"
+  arguments = (
+    "--config.parallel.fsdp=2",
+    "--config.checkpoint.every_seconds=2.0",
+    "--config.eval.every_epochs=99",
+    "--config.train.steps=600",
+  )
+  running = start(workdir, 2, 1, *arguments)
+  unlimited = resource.prlimit(running[victim].pid, resource.RLIMIT_FSIZE)
+  wait_for_steps(workdir, 5, running)
+  while not list(workdir.glob("checkpoints/[0-9]*")) or list(workdir.glob("checkpoints/*tmp*")):
+    time.sleep(0.01)
+  resource.prlimit(running[victim].pid, resource.RLIMIT_FSIZE, (room, unlimited[1]))
+  time.sleep(5)
+  resource.prlimit(running[victim].pid, resource.RLIMIT_FSIZE, unlimited)
+  (printed, error), (others, other_error) = finish(running, timeout=120)
+  lines = [line for line in (printed + error).splitlines() if "no checkpoint at step" in line]
+  expected = rf"no checkpoint at step \d+: process {victim} on \S+: File too large"
+  assert len(lines) >= 1 and all(re.search(expected, line) for line in lines), lines
+  assert "no checkpoint" not in others + other_error and "Traceback" not in error + other_error
+  assert [event["step"] for event in metrics.read(workdir) if "train/loss" in event] == list(range(1, 601))
+  assert (workdir / "checkpoints/600").is_dir() and not list(workdir.glob("checkpoints/*tmp*"))
+  (workdir / "result.json").unlink()
+  finish(start(workdir, 2, 1, *arguments))  # what is there can be read
 
 
 OWNER = """

@@ -25,6 +25,7 @@ from lra_jax.data import listops, pictures, retrieval, text
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+  pytest.mark.usefixtures("swept"),
 ]
 
 

@@ -32,7 +32,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="module")
 def swept():
-  """Of what fails, Orbax and TensorStore leave coroutines behind; these are found here, not in tests of another file."""
+  """Of what fails, Orbax and TensorStore leave coroutines behind: they are found here, not in tests of other files."""
   yield
   gc.collect()
 

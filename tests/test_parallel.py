@@ -24,8 +24,8 @@ import jax, jax.numpy as jnp
 from lra_jax import parallel
 if sys.argv[1] == "kept":
   parallel.keep_freed_memory()
-step = jax.jit(lambda x: (jnp.sin(x @ x) @ x @ x).sum())  # two temporary arrays of 36 MB
-x = jnp.ones((3000, 3000))
+step = jax.jit(lambda x: jnp.sin(jnp.sin(x @ x.T) @ x @ x.T).sum())  # two temporary arrays of 36 MB
+x = jnp.ones((3000, 8))
 faults = []
 for _ in range(14):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

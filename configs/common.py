@@ -59,6 +59,7 @@ SEQUENCE_TASKS = (
   "fashion_mnist_permuted", "lra_image", "lra_image_real", "pathfinder", "pathfinder_real", "path_x", "path_x_real",
   "digits_sequence", "digits_permuted", "digits_tokens",
 )  # fmt: skip
+WHOLE = "pathfinder_image"  # pictures of which nothing may be cut off or erased: it could be a dot
 TEXT_TASKS = ("listops", "text", "retrieval")
 PIXELS = 32  # side that models of single pixels read large images at: 1,024 steps
 

@@ -5,6 +5,7 @@
   python -m lra_jax.main --config configs/convmixer.py --config.model.kernel_size=9 --config.model.patch_size=1
   python -m lra_jax.main --config configs/convmixer.py:imagenet2012                768/32; 256/12 for :imagenette …
   python -m lra_jax.main --config configs/convmixer.py:imagenette,recipe=patches   256/12, 30 epochs of one-cycle
+  python -m lra_jax.main --config configs/convmixer.py:pathfinder_image            Pathfinder's pictures as pictures
 
 Recipe of locuslab/convmixer-cifar10 (over 94 % in 100 epochs): AdamW with rate 0.05 in a triangle (0 to its peak at
 2/5, a twentieth of it at 4/5, 0 at the end), decay 0.005, batch 512, clipping at 1, random resized crop of scale 0.75
@@ -28,8 +29,9 @@ PRESETS = {
 def get_config(argument: str | None = None):
   fields = dict(patch_size=int, width=int, depth=int, kernel_size=int, activation=str, drop_path=float)
   c, task, recipe = common.start(
-    argument, common.IMAGE_TASKS, VARIANTS, digits="digits", per_task=PRESETS, recipes=("patches",), **fields
-  )
+    argument, (*common.IMAGE_TASKS, common.WHOLE), VARIANTS, digits="digits", per_task=PRESETS, recipes=("patches",),
+    **fields,
+  )  # fmt: skip
   c.model.implementation = common.optional(str)  # of the depthwise convolution; None for the best that can serve
   if recipe:
     common.patches_recipe(c)
@@ -39,10 +41,13 @@ def get_config(argument: str | None = None):
   elif not task.startswith("digits"):
     c.train.batch_size = 512
     c.train.epochs = 100.0
-    c.augment.crop_scale = (0.75, 1.0)
-    c.augment.crop_ratio = (1.0, 1.0)
     c.augment.flip = common.flips(task)
-    c.augment.erase_probability = 0.2
+    if task == common.WHOLE:
+      c.augment.flip_vertical = True
+    else:
+      c.augment.crop_scale = (0.75, 1.0)
+      c.augment.crop_ratio = (1.0, 1.0)
+      c.augment.erase_probability = 0.2
     c.optim.learning_rate = 0.05
     c.optim.weight_decay = 0.005
     c.optim.schedule.name = "linear"

@@ -14,7 +14,7 @@ padded by 4, flip. Decay spares biases and norms here; there it does not. Large 
 from configs import common
 
 VARIANTS = {"18_cifar": "resnet18_cifar", "18": "resnet18", "digits": "resnet_digits"}
-TASKS = (*common.IMAGE_TASKS, "pathfinder_image")
+TASKS = (*common.IMAGE_TASKS, common.WHOLE)
 PRESETS = {key: {"variant": "18"} for key in common.LARGE_IMAGE_TASKS if key != "tiny_imagenet"}
 
 
@@ -32,9 +32,9 @@ def get_config(argument: str | None = None):
   elif not task.startswith("digits"):
     c.train.batch_size = 128
     c.train.epochs = 200.0
-    c.augment.crop_pad = 0 if task == "pathfinder_image" else 4  # a dot that is cut off would change the class
+    c.augment.crop_pad = 0 if task == common.WHOLE else 4
     c.augment.flip = common.flips(task)
-    c.augment.flip_vertical = task == "pathfinder_image"
+    c.augment.flip_vertical = task == common.WHOLE
     c.optim.name = "sgd"
     c.optim.learning_rate = 0.1
     c.optim.weight_decay = 5e-4

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lra_jax import errors, processes
+from lra_jax import agreement, errors
 
 _PROBE = 2**12  # bytes written to see whether there is room
 
@@ -77,12 +77,12 @@ class Checkpoints:
     self._policy.best = host["best_step"]
     before = self.wait()
     # Orbax's threads, and other processes, would wait for minutes for what cannot be written.
-    problem = processes.first_problem(self._problem(state))
+    problem = agreement.first_problem(self._problem(state))
     if problem:
       return _join(before, f"no checkpoint at step {step}: {problem}")
     if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
       self._manager.reload()
-    self._saving, self._attempt = step, processes.unique("checkpoint")
+    self._saving, self._attempt = step, agreement.unique("checkpoint")
     host = host | {"checksum": _seal(state, host)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
     try:
@@ -115,15 +115,15 @@ class Checkpoints:
     """Orbax's barrier for what it does in the background; its own waits 20 minutes for one whose writes have failed."""
     error = sys.exception()
     if error is None:
-      processes.meet(self._attempt, key, timeout_ms / 1000)
+      agreement.meet(self._attempt, key, timeout_ms / 1000)
     else:  # Orbax comes by after a failure as well, in a finally clause
-      processes.give_up(self._attempt, _reason(error))
+      agreement.give_up(self._attempt, _reason(error))
 
   def _failed(self, error: Exception) -> str:
     """The line of a checkpoint that could not be written; what there is of it is removed, as the disk may be full."""
     step, self._saving = self._saving, None
-    processes.give_up(self._attempt, _reason(error))
-    if processes.is_main():
+    agreement.give_up(self._attempt, _reason(error))
+    if agreement.is_main():
       for part in self._folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(part, ignore_errors=True)
     return f"no checkpoint at step {step}: {_reason(error)}"
@@ -229,7 +229,7 @@ def _join(*lines: str | None) -> str:
 
 def _reason(error: Exception) -> str:
   """The system's own words, also where TensorStore hides them at the end of a long line."""
-  if isinstance(error, processes.GivenUp):
+  if isinstance(error, agreement.GivenUp):
     return str(error)
   if isinstance(error, OSError) and error.strerror:
     return error.strerror

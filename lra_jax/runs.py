@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from flax import nnx
 
-from lra_jax import checkpoint, errors, models, processes
+from lra_jax import agreement, checkpoint, errors, models
 from lra_jax import config as config_lib
 from lra_jax.data import tasks
 
@@ -201,7 +201,7 @@ def task_of(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> tasks.T
   if path.is_file():
     return tasks.of(config.task, tuple(_read_json(path)))
   task = tasks.of(config.task)
-  if processes.is_main():
+  if agreement.is_main():
     write_atomically(path, json.dumps(task.class_names, indent=1) + "\n")
   return task
 

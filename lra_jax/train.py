@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from lra_jax import checkpoint, errors, metrics, optim, parallel, processes, report, runs
+from lra_jax import agreement, checkpoint, errors, metrics, optim, parallel, processes, report, runs
 from lra_jax import step as step_lib
 from lra_jax.data import batches, feed
 
@@ -77,9 +77,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
   started = time.perf_counter()
   workdir = pathlib.Path(workdir) if workdir else runs.default_workdir(config)
   with runs.Lock(workdir) as lock:
-    result = processes.on_main(lambda: runs.open_workdir(workdir, config, lock))
+    result = agreement.on_main(lambda: runs.open_workdir(workdir, config, lock))
     if result is not None:
-      if processes.is_main():
+      if agreement.is_main():
         print(f"{workdir} is finished; its result:\n{json.dumps(result, indent=2)}")
       return result
     with runs.StopSignal() as stop, processes.ending_with_others():
@@ -89,7 +89,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | pathlib
 def _train_and_test(config, workdir, stop, started):
   """`train_and_evaluate` of a workdir that is open and not finished."""
   parallel.keep_freed_memory()
-  main = processes.is_main()
+  main = agreement.is_main()
   say = print if main else lambda *_: None
   watchdog = processes.Watchdog(config.parallel.watchdog_seconds)
   watchdog.alive()
@@ -100,7 +100,7 @@ def _train_and_test(config, workdir, stop, started):
   task = runs.task_of(config, workdir)
   splits = feed.load(config, task, mesh, **runs.data_settings(config))
   if jax.process_count() > 1:
-    processes.check_same("data", processes.digest_of(array for split in splits.values() for array in split.arrays()))
+    agreement.check_same("data", agreement.digest_of(array for split in splits.values() for array in split.arrays()))
   plan = Plan.make(config, len(splits["train"].labels), mesh.size, mesh.devices.flat[0].platform)
   sizes = plan.batch_size, plan.steps_per_call, plan.steps
   train_feed = feed.make(config, task, splits["train"], *sizes, mesh)
@@ -154,7 +154,7 @@ def _train_and_test(config, workdir, stop, started):
 
   writer = metrics.Writer(workdir, first) if main else metrics.Silent()
   progress = metrics.Progress(plan.steps, first, plan.batch_size) if main else metrics.Silent()
-  agree = processes.Agreement(mesh)
+  agree = agreement.Agreement(mesh)
   loop_start = last_saved = time.perf_counter()
   seconds_before = host["seconds"]
 

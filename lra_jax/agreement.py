@@ -3,7 +3,6 @@
 Texts go by the key-value store of JAX's distributed runtime, flags of every turn of the loop by the devices.
 """
 
-import collections
 import hashlib
 import itertools
 import json
@@ -19,7 +18,6 @@ from jax._src import distributed
 from lra_jax import errors, parallel
 
 _names = itertools.count()
-_visits = collections.Counter()  # of the places of `meet`
 
 
 def is_main() -> bool:
@@ -55,8 +53,13 @@ def first_problem(problem: str | None) -> str | None:
   key, client = unique("problem"), distributed.global_state.client
   mine = f"process {jax.process_index()} on {socket.gethostname()}: {problem}" if problem else ""
   client.key_value_set(f"{key}/{jax.process_index()}", mine)
-  texts = (client.blocking_key_value_get(f"{key}/{i}", 24 * 3600 * 1000) for i in range(jax.process_count()))
-  return on_main(lambda: next(filter(None, texts), None))
+
+  def first():
+    texts = [client.blocking_key_value_get(f"{key}/{i}", 24 * 3600 * 1000) for i in range(jax.process_count())]
+    forget(key)
+    return next(filter(None, texts), None)
+
+  return on_main(first)
 
 
 def unique(name: str) -> str:
@@ -69,11 +72,11 @@ class GivenUp(Exception):
 
 
 def meet(undertaking: str, place: str, seconds: float) -> None:
-  """Waits, in any thread, until all processes have come here as often, or one has given the undertaking up.
+  """Waits, in any thread, until all processes are here, or one has given the undertaking up.
 
   Args:
     undertaking: its name, of `unique`.
-    place: where in it; no two threads wait at the same one.
+    place: where in it; a process comes to each once.
     seconds: to wait.
 
   Raises:
@@ -81,8 +84,6 @@ def meet(undertaking: str, place: str, seconds: float) -> None:
   """
   client, deadline = distributed.global_state.client, time.monotonic() + seconds
   here = f"{undertaking}/at/{place}"
-  _visits[here] += 1
-  here = f"{here}/{_visits[here]}"
   client.key_value_increment(here, 1)
   for turn in itertools.count():
     if int(client.key_value_try_get(here)) == jax.process_count():
@@ -103,6 +104,12 @@ def give_up(undertaking: str, reason: str) -> None:
       client.key_value_set(
         key, f"process {jax.process_index()} on {socket.gethostname()}: {reason}", allow_overwrite=True
       )
+
+
+def forget(undertaking: str) -> None:
+  """Removes what is kept of an undertaking that no process is busy with any more; process 0 does."""
+  if jax.process_count() > 1 and is_main():
+    distributed.global_state.client.key_value_delete(f"{undertaking}/")
 
 
 def _try_get(client, key):

@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: written in the background, the newest few and the best kept, verified when read."""
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -50,7 +51,8 @@ class Checkpoints:
       self._folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise errors.UserError(f"{self._folder} cannot be made ({error.strerror}); take another --workdir") from error
-    self._policy, self._saving, self._attempt = _NewestAndBest(keep), None, ""
+    self._policy, self._saving = _NewestAndBest(keep), None
+    self._attempt, self._visits = agreement.unique("checkpoint"), collections.Counter()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._policy,
       cleanup_tmp_directories=True,
@@ -80,9 +82,10 @@ class Checkpoints:
     problem = agreement.first_problem(self._problem(state))
     if problem:
       return _join(before, f"no checkpoint at step {step}: {problem}")
+    agreement.forget(self._attempt)
     if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
       self._manager.reload()
-    self._saving, self._attempt = step, agreement.unique("checkpoint")
+    self._saving, self._attempt, self._visits = step, agreement.unique("checkpoint"), collections.Counter()
     host = host | {"checksum": _seal(state, host)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
     try:
@@ -115,7 +118,8 @@ class Checkpoints:
     """Orbax's barrier for what it does in the background; its own waits 20 minutes for one whose writes have failed."""
     error = sys.exception()
     if error is None:
-      agreement.meet(self._attempt, key, timeout_ms / 1000)
+      self._visits[key] += 1
+      agreement.meet(self._attempt, f"{key}/{self._visits[key]}", timeout_ms / 1000)
     else:  # Orbax comes by after a failure as well, in a finally clause
       agreement.give_up(self._attempt, _reason(error))
 

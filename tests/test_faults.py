@@ -150,7 +150,7 @@ def test_damage_of_the_newest_checkpoint_is_noticed_or_harmless(checkpoints, tmp
     fell_back += bool(said)
     opened.close()
     shutil.rmtree(workdir)
-  assert fell_back >= 5  # of the places some mean nothing; which ones they are depends on the names of files, random ones
+  assert fell_back >= 5  # which places mean nothing depends on names of files, random ones
 
 
 def test_what_the_host_keeps_is_sealed_as_well(checkpoints, tmp_path):

@@ -4,7 +4,7 @@
 # make parity  the tests against public PyTorch implementations, in an environment of their own (several GB)
 # make kernels the GPU kernels compiled for an H200 without one, in an environment of its own, each where it is tightest;
 #              SHAPES=all: at every shape; JAX=0.11.2: gradients in bfloat16, with that JAX
-# make soak    three minutes of training under kill -9, beside a run that nobody kills
+# make soak    three minutes of training under kill -9, beside a run that nobody kills; CI runs it
 # make audit   known weaknesses of the installed packages, by pip-audit; needs the network
 # make lint    ruff, as CI runs it
 
@@ -33,7 +33,7 @@ kernels: $(KERNELS)/ready
 	$(KERNELS)/bin/python -m pytest -n 2 -q tests/kernels/test_compiled.py tests/test_compile.py $(SELECTED)
 
 soak: setup
-	$(RUN) tests/soak.py --minutes 3 --kills 3
+	$(RUN) tests/soak.py --minutes 3 --kills 5
 
 audit: setup
 	$(RUN) -m pip install --quiet --disable-pip-version-check pip-audit

@@ -144,7 +144,7 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
       wait(running, 1e6, workdir)
     else:
       phase = PHASES[hit.total() % len(PHASES)]
-      most = {"loading": starting / 3, "compiling": 0}.get(phase, 2 * training / kills)
+      most = {"loading": starting / 3, "compiling": 0}.get(phase, 0.8 * training / kills)  # all fit into the run
       wait(running, draw.uniform(0, most), workdir)
       while (now := phase_of(workdir, said[0], eval_every)) != phase and any(p.poll() is None for p in running):
         if PHASES.index(now) > PHASES.index(phase) and phase in ("loading", "compiling"):

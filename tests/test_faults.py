@@ -121,15 +121,15 @@ def test_a_run_whose_checkpoints_vanish_ends_well_or_with_one_line(tmp_path, rep
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damage_of_the_newest_checkpoint_is_noticed_or_harmless(checkpoints, tmp_path, damage):
-  """At 20 random places each, of all files by size: the newest state is whole, or it is that of the one before."""
+  """At 20 random places each: the newest state is whole, or it is that of the one before."""
   host = {"best_step": 2, "best_accuracy": 0.75, "seconds": 2.5}
   assert checkpoints.save(2, state_of(2), host) is None and checkpoints.wait() is None
   files = [p for p in sorted((tmp_path / "run/checkpoints/2").rglob("*")) if p.is_file() and p.stat().st_size]
-  sizes = [path.stat().st_size for path in files]
+  largest = max(files, key=lambda path: path.stat().st_size)
   draw, fell_back = random.Random(damage), 0
   for case in range(20):
-    # Half of the places fall on the small files, which say what the large one means.
-    path = draw.choices(files, sizes)[0] if case % 2 else draw.choice(files)
+    # Half of the places are in the array, of which every byte counts; the small files say what the large one means.
+    path = largest if case % 2 else draw.choice(files)
     workdir = tmp_path / f"case{case}"
     shutil.copytree(tmp_path / "run", workdir)
     target = workdir / path.relative_to(tmp_path / "run")
@@ -150,7 +150,7 @@ def test_damage_of_the_newest_checkpoint_is_noticed_or_harmless(checkpoints, tmp
     fell_back += bool(said)
     opened.close()
     shutil.rmtree(workdir)
-  assert fell_back >= 5  # which places mean nothing depends on names of files, random ones
+  assert fell_back >= 10
 
 
 def test_what_the_host_keeps_is_sealed_as_well(checkpoints, tmp_path):
@@ -219,13 +219,14 @@ def test_nothing_stays_open(tmp_path):
     opened.restore_newest(state_of(0), print)
     writer.close()
     opened.close()
-    return len(os.listdir("/proc/self/fd")), threading.active_count()
+    return len(os.listdir("/proc/self/fd"))
 
   for name in "abcd":
     (tmp_path / name).mkdir()
   once("a")
-  (files, threads), *later = (once(name) for name in "bcd")
-  assert all(more == files and count <= threads for more, count in later)  # a thread of an earlier test may end
+  before = set(threading.enumerate())  # of which one of an earlier test may end
+  assert once("b") == once("c") == once("d")
+  assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.timeout(1200)

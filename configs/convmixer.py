@@ -42,9 +42,8 @@ def get_config(argument: str | None = None):
     c.train.batch_size = 512
     c.train.epochs = 100.0
     c.augment.flip = common.flips(task)
-    if task == common.WHOLE:
-      c.augment.flip_vertical = True
-    else:
+    c.augment.flip_vertical = task == common.WHOLE
+    if task != common.WHOLE:
       c.augment.crop_scale = (0.75, 1.0)
       c.augment.crop_ratio = (1.0, 1.0)
       c.augment.erase_probability = 0.2

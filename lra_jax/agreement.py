@@ -18,11 +18,16 @@ from jax._src import distributed
 from lra_jax import errors, parallel
 
 _names = itertools.count()
+_PATIENCE_MS = 24 * 3600 * 1000  # for what another process tells; one that is lost ends the others long before
 
 
 def is_main() -> bool:
   """Whether this process speaks and writes for all."""
   return jax.process_index() == 0
+
+
+def _here():
+  return f"process {jax.process_index()} on {socket.gethostname()}"
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -40,7 +45,7 @@ def on_main(function: Callable[[], Any]) -> Any:
       answer = {"error": str(error)}
     client.key_value_set(key, json.dumps(answer))
   else:
-    answer = json.loads(client.blocking_key_value_get(key, 24 * 3600 * 1000))
+    answer = json.loads(client.blocking_key_value_get(key, _PATIENCE_MS))
   if "error" in answer:
     raise errors.UserError(answer["error"])
   return answer["result"]
@@ -51,11 +56,11 @@ def first_problem(problem: str | None) -> str | None:
   if jax.process_count() == 1:
     return problem
   key, client = unique("problem"), distributed.global_state.client
-  mine = f"process {jax.process_index()} on {socket.gethostname()}: {problem}" if problem else ""
+  mine = f"{_here()}: {problem}" if problem else ""
   client.key_value_set(f"{key}/{jax.process_index()}", mine)
 
   def first():
-    texts = [client.blocking_key_value_get(f"{key}/{i}", 24 * 3600 * 1000) for i in range(jax.process_count())]
+    texts = [client.blocking_key_value_get(f"{key}/{i}", _PATIENCE_MS) for i in range(jax.process_count())]
     forget(key)
     return next(filter(None, texts), None)
 
@@ -101,9 +106,7 @@ def give_up(undertaking: str, reason: str) -> None:
   if jax.process_count() > 1:
     key, client = f"{undertaking}/given up", distributed.global_state.client
     if not _try_get(client, key):
-      client.key_value_set(
-        key, f"process {jax.process_index()} on {socket.gethostname()}: {reason}", allow_overwrite=True
-      )
+      client.key_value_set(key, f"{_here()}: {reason}", allow_overwrite=True)
 
 
 def forget(undertaking: str) -> None:
@@ -130,8 +133,7 @@ def check_same(what: str, digest: str) -> None:
   first = on_main(lambda: digest)
   if digest != first:
     raise errors.UserError(
-      f"{what} of process {jax.process_index()} on {socket.gethostname()} differ from those of process 0 "
-      f"({digest[:12]} and {first[:12]}); give both the same files"
+      f"{what} of {_here()} differ from those of process 0 ({digest[:12]} and {first[:12]}); give both the same files"
     )
 
 

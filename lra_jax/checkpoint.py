@@ -125,12 +125,12 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> str:
     """The line of a checkpoint that could not be written; what there is of it is removed, as the disk may be full."""
-    step, self._saving = self._saving, None
-    agreement.give_up(self._attempt, _reason(error))
+    step, self._saving, reason = self._saving, None, _reason(error)
+    agreement.give_up(self._attempt, reason)
     if agreement.is_main():
       for part in self._folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(part, ignore_errors=True)
-    return f"no checkpoint at step {step}: {_reason(error)}"
+    return f"no checkpoint at step {step}: {reason}"
 
   def restore(self, step: int, like: Any | None = None) -> Restored:
     """Reads and verifies one checkpoint.

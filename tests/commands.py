@@ -45,6 +45,13 @@ def places(count: int) -> list[dict[str, str]]:
   return [meet | {"LRA_JAX_PROCESS": str(i)} for i in range(count)]
 
 
+def start_run(count: int, *arguments, devices: int = 1) -> list[subprocess.Popen]:
+  """Starts the processes of one run of lra_jax.main on CPU, each with so many devices."""
+  command_line = [sys.executable, "-m", "lra_jax.main", *map(str, arguments)]
+  own = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+  return [subprocess.Popen(command_line, **options(env=own | place)) for place in places(count)]
+
+
 def steps_written(workdir: pathlib.Path) -> int:
   """Training steps in the metrics of a run."""
   path = workdir / "metrics.jsonl"

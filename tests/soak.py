@@ -9,7 +9,6 @@ table; exit code 1 where something is wrong.
 
 import argparse
 import collections
-import json
 import os
 import pathlib
 import random
@@ -21,8 +20,9 @@ import time
 
 import numpy as np
 from commands import options, places
-from test_scaling import RUN
+from test_scaling import RUN, result_of
 
+from lra_jax import metrics
 from lra_jax.processes import SILENCE_SECONDS
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -105,14 +105,6 @@ def growth(counted: list, process: int, what: int) -> tuple[float, float]:
   return float(values.mean()), float(np.polyfit(times - times[0], values, 1)[0] * (times[-1] - times[0]))
 
 
-def events_of(workdir: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def result_of(workdir: pathlib.Path) -> dict:
-  return json.loads((workdir / "result.json").read_text())
-
-
 def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed: int) -> list[str]:
   """Runs all of it in a folder, prints the table; what is wrong."""
   os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
@@ -134,7 +126,7 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   steps = max(int(TRIAL_STEPS / trained * training / 2), TRIAL_STEPS)
   print(f"{steps} steps, {TRIAL_STEPS / trained:.1f} a second; a start takes {starting:.0f} s", flush=True)
 
-  eval_every = next(event["step"] for event in events_of(trial) if "validation/loss" in event)
+  eval_every = next(event["step"] for event in metrics.read(trial) if "validation/loss" in event)
 
   began, hit, workdir = time.monotonic(), collections.Counter(), folder / "killed"
   while True:
@@ -184,10 +176,10 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   wait(start(whole, processes, steps, every), 1e6, whole, samples)
   seconds_whole = time.monotonic() - began
 
-  found = [event["step"] for event in events_of(workdir) if "train/loss" in event]
+  found = [event["step"] for event in metrics.read(workdir) if "train/loss" in event]
   if found != list(range(1, steps + 1)):
     wrong.append(f"{steps} steps, {len(found)} in metrics.jsonl, {len(set(found))} of them different")
-  if events_of(workdir) != events_of(whole):
+  if metrics.read(workdir) != metrics.read(whole):
     wrong.append("the metrics of the two runs differ")
   digests = [result_of(path)["params_sha256"] for path in (workdir, whole)]
   if digests[0] != digests[1]:

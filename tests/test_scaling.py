@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import options, places, wait_for_steps
+from commands import options, start_run, wait_for_steps
 
 from lra_jax import errors, processes
 
@@ -23,13 +23,7 @@ SAVING = "--config.checkpoint.every_seconds=0.0"  # at every step; processes wai
 
 def start(workdir, count=1, devices=1, *arguments):
   """Starts the processes of a run; (Popen of each)."""
-  return [
-    subprocess.Popen(
-      [sys.executable, "-m", "lra_jax.main", *RUN, "--workdir", str(workdir), *arguments],
-      **options(env={"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", **place}),
-    )
-    for place in places(count)
-  ]
+  return start_run(count, *RUN, "--workdir", workdir, *arguments, devices=devices)
 
 
 def finish(running, timeout=300):

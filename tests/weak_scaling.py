@@ -6,15 +6,14 @@ depends on the number of parameters alone, not on the batch. Prints a table; nee
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 
-from commands import options, places
+from commands import start_run
+from test_scaling import finish, result_of
 
 WIDTHS, BATCHES = (64, 256), (64, 256)
 
@@ -29,17 +28,12 @@ def step_ms(folder: pathlib.Path, processes: int, width: int, batch: int, steps:
     "optim.schedule.warmup_epochs": 0.0,
   }
   workdir = folder / f"{processes}-{width}-{batch}-{len(os.listdir(folder))}"
-  command = [sys.executable, "-m", "lra_jax.main", "--config=configs/vit.py:digits", "--workdir", str(workdir)]
-  command += [f"--config.{name}={value}" for name, value in settings.items()]
-  running = []
-  for place, core in zip(places(processes), sorted(os.sched_getaffinity(0)), strict=False):
-    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | place
-    running.append(subprocess.Popen(["taskset", "-c", str(core), *command], **options(env=environment)))
-  for process in running:
-    _, error = process.communicate()
-    if process.returncode:
-      sys.exit(error)
-  result = json.loads((workdir / "result.json").read_text())
+  flags = [f"--config.{name}={value}" for name, value in settings.items()]
+  running = start_run(processes, "--config=configs/vit.py:digits", "--workdir", workdir, *flags)
+  for process, core in zip(running, sorted(os.sched_getaffinity(0)), strict=False):
+    os.sched_setaffinity(process.pid, {core})
+  finish(running)
+  result = result_of(workdir)
   return 1e3 * batch * processes / result["images_per_second"], result["parameters"]
 
 

@@ -28,7 +28,6 @@ def torch_lstm(channels, hidden, bidirectional):
   "batch,steps,channels,hidden,two", [(3, 16, 12, 8, True), (1, 7, 5, 3, True), (4, 9, 6, 10, False)]
 )
 def test_values_and_gradients(implementation, batch, steps, channels, hidden, two):
-  torch.manual_seed(0)
   module, weights, back, torch_gradients = torch_lstm(channels, hidden, two)
   x = torch.randn(batch, steps, channels, requires_grad=True)
   y, _ = module(x)

@@ -148,7 +148,6 @@ def torch_vanilla(depths, patches, dims, hiddens, grid):
   ],
 )
 def test_vanilla_sequencer_equals_torch_nn(name, patches, dims, hiddens, grid):
-  torch.manual_seed(0)
   theirs, forward = torch_vanilla((4, 3, 8, 3), patches, dims, hiddens, grid)
   ours = MODELS(f"vanilla_sequencer_{name}", input_shape=(60, 70, 3), num_classes=6)
   interop.load_torch(ours, theirs.state_dict())

@@ -79,6 +79,8 @@ def open_workdir(
 ) -> dict[str, Any] | None:
   """Makes or enters a workdir; writes `config.json` and `environment.json`.
 
+  A start that was refused, or ended before its first step was recorded, holds nothing: another config takes its place.
+
   Args:
     workdir: the folder.
     config: of the run.
@@ -94,9 +96,10 @@ def open_workdir(
   path = workdir / "config.json"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    changed = []
     if path.exists():
       changed = config_lib.differences(config_lib.to_json(read_config(workdir)), text)
-      if changed:
+      if changed and _has_begun(workdir):
         raise errors.UserError(
           f"--workdir {workdir} holds a run of another config ({'; '.join(changed)}); take another folder"
         )
@@ -111,12 +114,17 @@ def open_workdir(
       return _read_json(result)
     if lock is not None:
       lock.acquire()
-    if not path.exists():
+    if changed or not path.exists():
       write_atomically(path, text)
     write_atomically(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
   except OSError as error:
     raise errors.UserError(f"--workdir {workdir} cannot be used ({error.strerror}: {error.filename})") from error
   return None
+
+
+def _has_begun(workdir):
+  recorded = workdir / "metrics.jsonl"
+  return (recorded.exists() and recorded.stat().st_size > 0) or any(workdir.glob("checkpoints/*"))
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

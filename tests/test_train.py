@@ -112,6 +112,18 @@ def test_another_config_is_refused_with_its_differences(finished, refused, tmp_p
   assert "thesis.txt" in refused("lra_jax.main", "--workdir", tmp_path)
 
 
+def test_a_refused_start_does_not_keep_its_workdir(finished, refused, python, tmp_path):
+  assert "batch_size=31" in refused("lra_jax.main", "--workdir", tmp_path, *STEPS, "--config.train.batch_size=31",
+                                    "--config.train.accumulate=2")  # fmt: skip
+  process = python("lra_jax.main", "--workdir", tmp_path, *STEPS)
+  assert process.returncode == 0, process.stderr
+  assert result_of(tmp_path)["params_sha256"] == result_of(finished[0])["params_sha256"]
+  assert json.loads((tmp_path / "config.json").read_text())["train"]["batch_size"] == 32
+  assert "holds a run of another config" in refused("lra_jax.main", "--workdir", tmp_path, *STEPS, "--config.seed=7")
+  (tmp_path / "metrics.jsonl").unlink()  # checkpoints alone are a run as well
+  assert "holds a run of another config" in refused("lra_jax.main", "--workdir", tmp_path, *STEPS, "--config.seed=7")
+
+
 def start(workdir, *arguments):
   return subprocess.Popen(command("lra_jax.main", "--workdir", workdir, *STEPS, *arguments), **options())
 

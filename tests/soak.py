@@ -31,7 +31,7 @@ WARM_UP_SECONDS = 100
 FEWEST_SAMPLES = 60  # else growth is not judged
 MEMORY_GROWTH, FILES_GROWTH = 0.03, 1.0  # share of its size, and number, over all that counts
 END_SECONDS = 30  # in which the others end when one is killed
-TRIAL_STEPS = 200
+TRIAL_STEPS, TRIAL_SECONDS = 200, 15
 PHASES = ("loading", "compiling", "training", "evaluation", "checkpoint")
 
 
@@ -112,19 +112,21 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   draw, wrong = random.Random(seed), []
   every = min(60.0, minutes * 30 / max(kills, 1) / 4)
 
-  for name in ("first", "second"):  # which shows what a start takes once all is compiled
+  # The first run fills the compiler's cache; the second shows what a start and a step take without it.
+  rate = 0.0
+  for name in ("first", "second"):
+    trial, trial_steps = folder / name, max(TRIAL_STEPS, int(TRIAL_SECONDS * rate))
     began = time.monotonic()
-    trial = folder / name
-    if not wait(start(trial, processes, TRIAL_STEPS, every), 1800, trial):
+    if not wait(start(trial, processes, trial_steps, every), 1800, trial):
       return ["the trial did not end"]
-  trained = result_of(trial)["seconds"]
-  starting = max(time.monotonic() - began - trained, 0.0)
-  # A kill costs a start and, with several processes, the time until it is noticed; what is left is for training, in
-  # the killed run and then half as long in the other.
-  lost = starting + (SILENCE_SECONDS if processes > 1 else 0)
-  training = max((60 * minutes - kills * lost) / 1.5, 2 * kills, 10)
-  steps = max(int(TRIAL_STEPS / trained * training / 2), TRIAL_STEPS)
-  print(f"{steps} steps, {TRIAL_STEPS / trained:.1f} a second; a start takes {starting:.0f} s", flush=True)
+    rate = trial_steps / result_of(trial)["seconds"]
+  starting = max(time.monotonic() - began - trial_steps / rate, 0.0)
+  # A kill costs a start, half the steps between two checkpoints and, with several processes, the time until it is
+  # noticed; what is left is for the steps of both runs.
+  lost = starting + every / 2 + (SILENCE_SECONDS if processes > 1 else 0)
+  training = max((60 * minutes - kills * lost) / 2, 2 * kills, 10)
+  steps = max(int(rate * training), TRIAL_STEPS)
+  print(f"{steps} steps, {rate:.1f} a second; a start takes {starting:.0f} s", flush=True)
 
   eval_every = next(event["step"] for event in metrics.read(trial) if "validation/loss" in event)
 
@@ -136,7 +138,7 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
       wait(running, 1e6, workdir)
     else:
       phase = PHASES[hit.total() % len(PHASES)]
-      most = {"loading": starting / 3, "compiling": 0}.get(phase, 0.8 * training / kills)  # all fit into the run
+      most = {"loading": starting / 3, "compiling": 0}.get(phase, 1.6 * training / kills)  # all fit into the run
       wait(running, draw.uniform(0, most), workdir)
       while (now := phase_of(workdir, said[0], eval_every)) != phase and any(p.poll() is None for p in running):
         if PHASES.index(now) > PHASES.index(phase) and phase in ("loading", "compiling"):

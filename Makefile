@@ -65,18 +65,23 @@ define environment
 	  echo "error: lra_jax needs Python 3.12 or newer, found $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1);" \
 	    "install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(1)
+	$(call newest_pip,$(1))
 	$(call editable,$(1),$(2))
 endef
 
 # An environment that has .venv's packages but for those that are installed in it.
 define beside
 	.venv/bin/python -m venv $(1)
+	$(call newest_pip,$(1))
 	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	$(call editable,$(1),$(2))
 endef
 
-editable = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]"
+# The pip that Python 3.12 brings has known weaknesses.
+newest_pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+# setuptools warns of every editable installation.
+editable = PYTHONWARNINGS=ignore $(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(2)]"
 
 clean:
 	rm -rf .venv .venv-parity .venv-kernels* build dist *.egg-info runs

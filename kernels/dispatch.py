@@ -14,7 +14,9 @@ KERNELS = ("mosaic", "cudnn")  # implementations that XLA does not compile
 
 _PLATFORM: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("platform", default=None)
 _INTERPRET: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
-_SPLIT: contextvars.ContextVar[tuple[Mesh, tuple[str, ...]] | None] = contextvars.ContextVar("split", default=None)
+_SPLIT: contextvars.ContextVar[tuple[Mesh, tuple[str, ...], Callable] | None] = contextvars.ContextVar(
+  "split", default=None
+)
 _WITHOUT: contextvars.ContextVar[bool] = contextvars.ContextVar("without_kernels", default=False)
 _CHOICES: contextvars.ContextVar[dict[str, dict[str, str]] | None] = contextvars.ContextVar("choices", default=None)
 
@@ -88,9 +90,19 @@ def recording() -> Iterator[dict[str, dict[str, str]]]:
 
 
 @contextlib.contextmanager
-def batches_split(mesh: Mesh, axes: tuple[str, ...] = ("data",)) -> Iterator[None]:
-  """Within it, `per_device` runs a function on every device's part of a batch that is split over `axes` of `mesh`."""
-  token = _SPLIT.set((mesh, axes))
+def batches_split(
+  mesh: Mesh,
+  axes: tuple[str, ...] = ("data",),
+  weights: Callable[[jax.Array], PartitionSpec] = lambda array: PartitionSpec(),
+) -> Iterator[None]:
+  """Within it, `per_device` runs a function on every device's part of a batch.
+
+  Args:
+    mesh: of the devices.
+    axes: of the mesh, over which batches are split.
+    weights: how an array without a batch is split, by its shape; whole everywhere if not given.
+  """
+  token = _SPLIT.set((mesh, axes, weights))
   try:
     yield
   finally:
@@ -101,18 +113,41 @@ def per_device(function: Callable, batched: Sequence[bool]) -> Callable:
   """`function` under `jax.shard_map` within `batches_split`, else as it is.
 
   XLA cannot split a kernel by itself. Of a loop over time it gathers the weights, and sums up their gradients over the
-  devices, in every step; so it is done once, before and after.
+  devices, in every step; so it is done once, before and after. Gradients of split weights are scattered, not summed up
+  whole.
 
   Args:
     function: of arrays; all of its results have the batch as their first axis.
-    batched: for every argument, whether its first axis is the batch; the others are whole on every device.
+    batched: for every argument, whether its first axis is the batch; the function gets the others whole.
   """
   split = _SPLIT.get()
   if split is None or split[0].size == 1 or interpreted():
     return function
-  mesh, axes = split
-  specs = tuple(PartitionSpec(axes) if is_batched else PartitionSpec() for is_batched in batched)
-  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axes), check_vma=False)
+  mesh, axes, weights = split
+
+  def run(*arrays):
+    specs = tuple(
+      PartitionSpec(axes) if is_batched else weights(array) for array, is_batched in zip(arrays, batched, strict=True)
+    )
+
+    def on_device(*parts):
+      gathered = (
+        part if is_batched else _gather(part, spec)
+        for part, spec, is_batched in zip(parts, specs, batched, strict=True)
+      )
+      return function(*gathered)
+
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axes), check_vma=False)
+    return mapped(*arrays)
+
+  return run
+
+
+def _gather(part, spec):
+  for axis, names in enumerate(spec):
+    if names is not None:
+      part = jax.lax.all_gather(part, names, axis=axis, tiled=True)
+  return part
 
 
 def choose(

@@ -5,7 +5,9 @@ split over `fsdp` alone and whole along `data` (Rajbhandari et al. 2020, ZeRO; t
 each parameter where it is used and scatters its gradient.
 """
 
+import contextlib
 import ctypes
+import functools
 import math
 import sys
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels import dispatch
 from lra_jax import errors
 
 AXES = ("data", "fsdp")
@@ -77,16 +80,22 @@ def by_rule(tree: Any, mesh: Mesh) -> Any:
     tree: of anything with a shape.
     mesh: with axis `fsdp`.
   """
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, spec_by_rule(leaf, mesh)), tree)
+
+
+def spec_by_rule(array: Any, mesh: Mesh) -> PartitionSpec:
+  """How `by_rule` splits one array, or anything with a shape."""
   parts = mesh.shape["fsdp"]
+  axes = [axis for axis, size in enumerate(array.shape) if size % parts == 0]
+  if parts == 1 or math.prod(array.shape) < SMALL or not axes:
+    return PartitionSpec()
+  axis = max(axes, key=lambda axis: (array.shape[axis], axis))
+  return PartitionSpec(*[None] * axis, "fsdp")
 
-  def one(leaf):
-    axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
-    if parts == 1 or math.prod(leaf.shape) < SMALL or not axes:
-      return replicated(mesh)
-    axis = max(axes, key=lambda axis: (leaf.shape[axis], axis))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
 
-  return jax.tree.map(one, tree)
+def batches_split(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """`dispatch.batches_split` over all devices, with weights as `by_rule` splits them."""
+  return dispatch.batches_split(mesh, AXES, functools.partial(spec_by_rule, mesh=mesh))
 
 
 def put(tree: Any, shardings: Any) -> Any:

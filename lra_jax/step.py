@@ -84,7 +84,7 @@ def make_train_call(
 
   def loss_fn(params, model_state, inputs, targets_BS, key):
     model = nnx.merge(graphdef, params, model_state)
-    with dispatch.batches_split(mesh, parallel.AXES):
+    with parallel.batches_split(mesh):
       x, options = inputs
       logits_BS = model(x, **options, train=True, rngs=nnx.Rngs(dropout=key))
     loss = optax.softmax_cross_entropy(logits_BS, targets_BS).mean()
@@ -160,7 +160,7 @@ def make_eval_call(config, task, graphdef, mesh):
     model = nnx.merge(graphdef, weights["params"], weights["model_state"])
     examples = batches.take(data, chosen, mesh, length)
     x, options = batches.evaluation(config, task, examples)
-    with dispatch.batches_split(mesh, parallel.AXES):
+    with parallel.batches_split(mesh):
       logits_BS = model(x, **options)
     labels_B = examples.labels
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BS, labels_B)

@@ -1,8 +1,10 @@
 """What compiled programs exchange: lines as XLA writes them, and a program of 8 devices whose bytes are known."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from commands import options
 
@@ -95,7 +97,7 @@ def test_what_is_in_a_loop_is_told_apart():
 
 
 STEP = """
-import importlib, sys
+import importlib, json, sys
 import jax, jax.numpy as jnp
 from lra_jax import collectives, parallel, step
 from lra_jax.data import resident, sources, tasks
@@ -105,8 +107,8 @@ config = importlib.import_module(f"configs.{name}").get_config("digits")
 config.train.batch_size = 16
 config.model.update({"sequencer2d": {"depths": (1,), "patch_sizes": (2,), "embed_dims": (64,), "hidden_sizes": (16,)},
                      "lipschitz_rnn": {}}.get(name, {"depth": 1}))
-for fsdp in (1, 8):
-  mesh = parallel.make_mesh(-1, fsdp)
+for data_axis, fsdp in ((8, 1), (2, 4), (1, 8)):
+  mesh = parallel.make_mesh(data_axis, fsdp)
   schedule = lambda step: 1e-3
   graphdef, state, optimizer = step.init_state(config, task, schedule, mesh)
   data = resident.put(sources.digits()["train"], mesh, in_parts=True)
@@ -114,13 +116,29 @@ for fsdp in (1, 8):
   call = step.make_train_call(
     config, task, graphdef, optimizer, schedule, 1, mesh, shardings=(*shardings, parallel.replicated(mesh))
   )
-  text = call.lower(state, data, jnp.zeros((1, 16), jnp.int32)).compile().as_text()
-  print(fsdp, "while(" in text, bool(collectives.count(text)), collectives.in_loops(text))
+  call = call.lower(state, data, jnp.zeros((1, 16), jnp.int32)).compile()
+  text, losses = call.as_text(), []
+  for turn in range(3):
+    indices = jax.device_put(16 * turn + jnp.arange(16, dtype=jnp.int32)[None], parallel.replicated(mesh))
+    state, values = call(state, data, indices)
+    losses.append(float(values["loss"][0]))
+  scattered = collectives.count(text).get("reduce-scatter", (0, 0))[1]
+  print(json.dumps(["while(" in text, bool(collectives.count(text)), collectives.in_loops(text), scattered, losses]))
 """
 
 
-@pytest.mark.parametrize("model", ["sequencer2d", "lipschitz_rnn", "lru"])
-def test_recurrences_exchange_nothing_from_step_to_step(model):
-  """Weights are gathered before their loops, and gradients summed up over the devices after them."""
+# Bytes of the weights of the loops over time; those of LRU are too few to be split.
+@pytest.mark.parametrize(
+  ("model", "recurrent"), [("sequencer2d", 4 * 4 * 16 * 64), ("lipschitz_rnn", 4 * 2 * 128 * 128), ("lru", 0)]
+)
+def test_recurrences_exchange_nothing_from_step_to_step(model, recurrent):
+  """Weights are gathered before their loops; gradients are summed up, or scattered where weights are split, after."""
   process = subprocess.run([sys.executable, "-c", STEP, model], **options(env={"JAX_NUM_CPU_DEVICES": "8"}))
-  assert process.stdout == "1 True True {}\n8 True True {}\n", process.stdout + process.stderr
+  assert process.returncode == 0, process.stderr
+  found = [json.loads(line) for line in process.stdout.splitlines()]
+  assert [row[:3] for row in found] == [[True, True, {}]] * 3
+  (*_, few, losses), *split = found
+  for *_, scattered, others in split:
+    assert scattered >= few + recurrent
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+  assert losses[2] != losses[0]

@@ -158,9 +158,11 @@ def _choose(op, implementation, shape, x_BHWC, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh
 
 def _project(x_BHWC, w_ih_CGF, b_ih_GF, b_hh_GF):
   """Pre-activations of all steps and directions without their recurrent part: (B, H, W, G·F) in x's dtype."""
-  width = w_ih_CGF.shape[0]
-  z = jnp.einsum("bhwc,cf->bhwf", x_BHWC, w_ih_CGF.reshape(width, -1).astype(x_BHWC.dtype))
-  return z + (b_ih_GF + b_hh_GF).reshape(1, 1, 1, -1).astype(z.dtype)
+  # Directions and gates become one axis afterwards: merged before, weights that are split along F would be gathered
+  # merged, and their gradients summed up whole.
+  z_BHWGF = jnp.einsum("bhwc,cgf->bhwgf", x_BHWC, w_ih_CGF.astype(x_BHWC.dtype))
+  z_BHWGF += (b_ih_GF + b_hh_GF).astype(z_BHWGF.dtype)[None, None, None]
+  return jax.lax.collapse(z_BHWGF, 3)
 
 
 def _check(x, ndim, w_ih_CGF, w_hh_GKF, b_ih_GF, b_hh_GF, directions):

@@ -1,8 +1,12 @@
 """Training steps compiled for a GPU that is not there."""
 
 import pytest
+from flax import nnx
 
 from kernels import compile
+from lra_jax import collectives, config, models, runs
+from lra_jax.compile import compile_step
+from lra_jax.data import tasks
 
 needs_plugin = pytest.mark.skipif(compile.missing() is not None, reason=f"{compile.missing()}")
 
@@ -16,6 +20,21 @@ def test_a_training_step_compiles_for_a_gpu_with_the_kernels_asked_for(python):
   assert header.startswith("| config |")
   assert without.startswith("| configs/lru.py:digits | associative | 32 |") and without.endswith("| none |")
   assert with_kernels.startswith("| configs/lru.py:digits | mosaic | 32 |") and "linear_recurrence" in with_kernels
+
+
+@needs_plugin
+def test_a_training_step_of_8_exchanges_the_least():
+  """Every parameter of a BiLSTM is gathered once and its gradient scattered once, whichever axes it has."""
+  settings = config.load("configs/sequencer2d.py", "cifar10")
+  settings.model.dtype = "bfloat16"
+  settings.model.update({"depths": (1,), "patch_sizes": (4,), "embed_dims": (256,), "hidden_sizes": (64,)})
+  program, _ = compile_step(settings, 45_000, devices=8, fsdp=8)
+  found = collectives.count(program.compiled.as_text())
+  model = nnx.eval_shape(lambda: runs.create_model(settings, tasks.get("cifar10")))
+  least = collectives.least(models.count_params(model), 1, 8, 2)
+  # What is below parallel.SMALL is summed up whole, in float32.
+  assert 0.97 * least < found["all-gather"].wire + found["reduce-scatter"].wire <= least
+  assert found["all-reduce"].wire < 0.05 * least
 
 
 def test_mistakes_are_one_line(refused):

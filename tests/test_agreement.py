@@ -51,12 +51,14 @@ def said():
   """What each of the two processes heard."""
   keywords = [options(env={"JAX_PLATFORMS": "cpu"} | place) for place in places(2)]
   running = [subprocess.Popen([sys.executable, "-c", PROGRAM], **keyword) for keyword in keywords]
-  found = []
-  for process in running:
-    output, error = process.communicate(timeout=120)
+  try:
+    outputs = [process.communicate(timeout=120) for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  for process, (_, error) in zip(running, outputs, strict=True):
     assert process.returncode == 0, error
-    found.append(json.loads(output.splitlines()[-1]))
-  return found
+  return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
 def test_both_hear_what_process_0_says(said):

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,6 +84,8 @@ class Checkpoints:
     if problem:
       return _join(before, f"no checkpoint at step {step}: {problem}")
     agreement.forget(self._attempt)
+    if agreement.is_main():
+      self._remove_unfinished()
     if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
       self._manager.reload()
     self._saving, self._attempt, self._visits = step, agreement.unique("checkpoint"), collections.Counter()
@@ -128,9 +131,19 @@ class Checkpoints:
     step, self._saving, reason = self._saving, None, _reason(error)
     agreement.give_up(self._attempt, reason)
     if agreement.is_main():
-      for part in self._folder.glob("*.orbax-checkpoint-tmp"):
-        shutil.rmtree(part, ignore_errors=True)
+      self._remove_unfinished()
     return f"no checkpoint at step {step}: {reason}"
+
+  def _remove_unfinished(self):
+    """Removes what there is of checkpoints that failed, for up to a second: threads may still write into them."""
+    for turn in range(20):
+      parts = list(self._folder.glob("*.orbax-checkpoint-tmp"))
+      if not parts:
+        return
+      if turn:
+        time.sleep(0.05)
+      for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
 
   def restore(self, step: int, like: Any | None = None) -> Restored:
     """Reads and verifies one checkpoint.

@@ -124,21 +124,16 @@ def per_device(function: Callable, batched: Sequence[bool]) -> Callable:
   if split is None or split[0].size == 1 or interpreted():
     return function
   mesh, axes, weights = split
+  batch = PartitionSpec(axes)
 
   def run(*arrays):
-    specs = tuple(
-      PartitionSpec(axes) if is_batched else weights(array) for array, is_batched in zip(arrays, batched, strict=True)
-    )
+    specs = tuple(batch if is_batched else weights(array) for array, is_batched in zip(arrays, batched, strict=True))
 
     def on_device(*parts):
-      gathered = (
-        part if is_batched else _gather(part, spec)
-        for part, spec, is_batched in zip(parts, specs, batched, strict=True)
-      )
-      return function(*gathered)
+      whole = (part if spec is batch else _gather(part, spec) for part, spec in zip(parts, specs, strict=True))
+      return function(*whole)
 
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axes), check_vma=False)
-    return mapped(*arrays)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)(*arrays)
 
   return run
 

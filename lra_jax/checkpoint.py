@@ -85,7 +85,7 @@ class Checkpoints:
       return _join(before, f"no checkpoint at step {step}: {problem}")
     agreement.forget(self._attempt)
     if agreement.is_main():
-      self._remove_unfinished()
+      self._remove_unfinished()  # of threads that wrote on when the checkpoint before had failed
     if any(not (self._folder / str(old)).is_dir() for old in self._manager.all_steps()):
       self._manager.reload()
     self._saving, self._attempt, self._visits = step, agreement.unique("checkpoint"), collections.Counter()

@@ -1,5 +1,6 @@
 """Command lines of the real tools, for tests that run them in processes of their own."""
 
+import json
 import os
 import pathlib
 import socket
@@ -50,6 +51,16 @@ def start_run(count: int, *arguments, devices: int = 1) -> list[subprocess.Popen
   command_line = [sys.executable, "-m", "lra_jax.main", *map(str, arguments)]
   own = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
   return [subprocess.Popen(command_line, **options(env=own | place)) for place in places(count)]
+
+
+def result_of(workdir: pathlib.Path) -> dict:
+  """The content of a run's result.json."""
+  return json.loads((workdir / "result.json").read_text())
+
+
+def events_of(workdir: pathlib.Path) -> list[dict]:
+  """The lines of a run's metrics.jsonl."""
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_written(workdir: pathlib.Path) -> int:

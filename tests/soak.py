@@ -19,10 +19,9 @@ import tempfile
 import time
 
 import numpy as np
-from commands import options, places
-from test_scaling import RUN, result_of
+from commands import events_of, options, places, result_of
+from test_scaling import RUN
 
-from lra_jax import metrics
 from lra_jax.processes import SILENCE_SECONDS
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -128,7 +127,7 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   steps = max(int(rate * training), TRIAL_STEPS)
   print(f"{steps} steps, {rate:.1f} a second; a start takes {starting:.0f} s", flush=True)
 
-  eval_every = next(event["step"] for event in metrics.read(trial) if "validation/loss" in event)
+  eval_every = next(event["step"] for event in events_of(trial) if "validation/loss" in event)
 
   began, hit, workdir = time.monotonic(), collections.Counter(), folder / "killed"
   while True:
@@ -178,10 +177,10 @@ def soak(folder: pathlib.Path, minutes: float, kills: int, processes: int, seed:
   wait(start(whole, processes, steps, every), 1e6, whole, samples)
   seconds_whole = time.monotonic() - began
 
-  found = [event["step"] for event in metrics.read(workdir) if "train/loss" in event]
+  found = [event["step"] for event in events_of(workdir) if "train/loss" in event]
   if found != list(range(1, steps + 1)):
     wrong.append(f"{steps} steps, {len(found)} in metrics.jsonl, {len(set(found))} of them different")
-  if metrics.read(workdir) != metrics.read(whole):
+  if events_of(workdir) != events_of(whole):
     wrong.append("the metrics of the two runs differ")
   digests = [result_of(path)["params_sha256"] for path in (workdir, whole)]
   if digests[0] != digests[1]:

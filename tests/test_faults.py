@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train
-from commands import ROOT, command, options, places, wait_for_steps
+from commands import ROOT, command, options, places, result_of, wait_for_steps
 from data.machine import file_limit
 from flax import nnx
-from test_scaling import SAVING, finish, result_of, start
+from test_scaling import SAVING, finish, start
 
 from lra_jax import checkpoint, errors, metrics, runs, train
 from lra_jax import step as step_lib

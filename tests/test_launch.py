@@ -13,8 +13,8 @@ import time
 
 import pytest
 import yaml
-from commands import ROOT, TINY, options, places, wait_for_steps
-from test_scaling import SAVING, result_of
+from commands import ROOT, TINY, options, places, result_of, wait_for_steps
+from test_scaling import SAVING
 
 from lra_jax import processes
 

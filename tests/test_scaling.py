@@ -1,6 +1,5 @@
 """One run on many devices and processes: the same losses and counts, checkpoints that go from one to the other."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import options, start_run, wait_for_steps
+from commands import events_of, options, result_of, start_run, wait_for_steps
 
 from lra_jax import errors, processes
 
@@ -33,12 +32,8 @@ def finish(running, timeout=300):
   return outputs
 
 
-def result_of(workdir):
-  return json.loads((workdir / "result.json").read_text())
-
-
 def losses_of(workdir):
-  events = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  events = events_of(workdir)
   train = [e["train/loss"] for e in events if "train/loss" in e]
   return np.array(train + [e["validation/loss"] for e in events if "validation/loss" in e])
 

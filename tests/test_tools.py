@@ -10,7 +10,7 @@ import venv
 
 import numpy as np
 import pytest
-from commands import ROOT, command, options
+from commands import ROOT, command, options, result_of
 from PIL import Image
 
 from lra_jax import runs
@@ -31,7 +31,7 @@ def workdir(tmp_path_factory):
     command("lra_jax.main", config, "--workdir", folder, *SMALL, "--config.train.steps=120"), **options(), timeout=300
   )
   assert process.returncode == 0, process.stderr
-  assert json.loads((folder / "result.json").read_text())["test_accuracy"] > 0.9
+  assert result_of(folder)["test_accuracy"] > 0.9
   return folder
 
 

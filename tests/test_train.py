@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import command, options, wait_for_steps
+from commands import command, events_of, options, result_of, wait_for_steps
 from flax import nnx
 
 from configs import sequencer2d
@@ -24,14 +24,6 @@ STEPS = ("--config.train.steps=24", "--config.eval.every_epochs=0.2", "--config.
 
 # Two blocks of the digits preset: enough for stochastic depth to do something.
 SMALL = ("--config.model.depths=(1,1)", "--config.train.batch_size=32", "--config.optim.schedule.warmup_epochs=0.1")
-
-
-def result_of(workdir):
-  return json.loads((workdir / "result.json").read_text())
-
-
-def events_of(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import statistics
 import sys
 import tempfile
 
-from commands import start_run
-from test_scaling import finish, result_of
+from commands import result_of, start_run
+from test_scaling import finish
 
 WIDTHS, BATCHES = (64, 256), (64, 256)
 

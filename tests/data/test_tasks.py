@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from commands import result_of
 from PIL import Image
 
 from lra_jax import errors
@@ -126,7 +127,7 @@ def test_listops_from_files_to_predictions(listops_files, python, tmp_path):
   process = python("lra_jax.main", "--config=configs/s5.py:listops", *arguments)
   assert process.returncode == 0, process.stderr
   assert "60 train, 20 validation, 20 test examples" in process.stdout
-  result = json.loads((workdir / "result.json").read_text())
+  result = result_of(workdir)
   assert result["task"] == "listops" and result["steps"] == 2
   mistakes = (workdir / "mistakes.txt").read_text()
   assert "of 20 wrong" in mistakes and mistakes.count("--- true") == round(20 * (1 - result["test_accuracy"]))
@@ -206,7 +207,7 @@ def test_own_pictures_from_a_folder_to_predictions(python, tmp_path):
   streamed = tmp_path / "streamed"
   process = python("lra_jax.main", config, "--workdir", streamed, *arguments[2:], *small, "--config.task.input=stream")
   assert process.returncode == 0 and "examples streamed" in process.stdout, process.stderr
-  ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (streamed, workdir))
+  ours, theirs = (result_of(folder) for folder in (streamed, workdir))
   assert ours["params_sha256"] == theirs["params_sha256"] and ours["test_loss"] == pytest.approx(theirs["test_loss"])
   process = python("lra_jax.evaluate", "--workdir", streamed)
   assert json.loads(process.stdout)["loss"] == pytest.approx(ours["test_loss"]), process.stderr
